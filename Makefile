@@ -1,0 +1,57 @@
+# Two commands do everything on a machine with python3 (3.11 or later, with venv) and make: `make demo` and `make test`.
+# Both build .venv themselves, with the versions of constraints.txt, and do so again only when it or pyproject.toml changes.
+
+PYTHON ?= python3
+VENV   ?= .venv
+OUT    ?= demo-report
+
+BIN := $(VENV)/bin
+KEY := $(shell cat pyproject.toml constraints.txt | cksum | cut -d ' ' -f 1)
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
+
+.PHONY: demo test test-fast lint bench clean
+.DEFAULT_GOAL := help
+
+.PHONY: help
+help:
+	@echo "make demo       build .venv, compare three methods on generated choices, write $(OUT)/report.html (under 5 minutes)"
+	@echo "make test       build .venv with every extra, then ruff, mypy and pytest (what continuous integration runs)"
+	@echo "make test-fast  pytest without the slow tests, stopping at the first failure (the inner loop)"
+	@echo "make lint       ruff and mypy"
+	@echo "make bench      the speed figures, into bench-report/"
+	@echo "make clean      remove .venv, caches and reports"
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys, venv; sys.exit(None if sys.version_info >= (3, 11) else "Palate needs Python 3.11 or later; \
+	$(PYTHON) is %d.%d. Name another one: make PYTHON=python3.11 ..." % sys.version_info[:2])'
+	$(PYTHON) -m venv $(VENV)
+
+# One stamp for each set of extras; the key in its name is the content of the two files, so a checkout that touches them costs nothing.
+$(VENV)/.demo-$(KEY): | $(BIN)/python
+	$(PIP) --editable '.[report,style]'
+	@touch $@
+
+$(VENV)/.test-$(KEY): | $(BIN)/python
+	$(PIP) --editable '.[all,dev]'
+	@touch $@ $(VENV)/.demo-$(KEY)
+
+demo: $(VENV)/.demo-$(KEY)
+	$(BIN)/palate demo --out $(OUT)
+
+lint: $(VENV)/.test-$(KEY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: lint
+	$(BIN)/python -m pytest
+
+test-fast: $(VENV)/.test-$(KEY)
+	$(BIN)/python -m pytest -x -q -m "not slow"
+
+bench: $(VENV)/.test-$(KEY)
+	$(BIN)/python -m benchmarks --out bench-report
+
+clean:
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis demo-report bench-report
+	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +

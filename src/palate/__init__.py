@@ -1,0 +1,122 @@
+"""Reward models with personal taste: learn what people differ about, then what one person wants from a few choices.
+
+    data = palate.load_encoder("style").embed(palate.load_pairs("choices.jsonl"))
+    model = palate.fit(data)                     # what is shared
+    profiles = palate.adapt(model, data)         # one user, or a million
+    rewards = palate.margins(model, data, profiles)
+
+Names are imported when they are first used: the base import costs milliseconds, and no optional package is touched before its
+feature is.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+from palate.version import __version__
+
+if TYPE_CHECKING:
+    from palate.adaptation import Profile, Profiles, adapt, margins
+    from palate.data.embeddings import Dense, Embeddings, Joined, OneHot
+    from palate.data.pairs import Choice, EmbeddedPairs, Message, PairSet, Text
+    from palate.data.readers import load_pairs
+    from palate.data.splits import Split, split
+    from palate.data.synthetic import Population, synthetic
+    from palate.data.validation import ValidationReport, validate
+    from palate.encoders import Encoder, load_encoder
+    from palate.errors import (
+        ConvergenceError,
+        DataError,
+        LeakError,
+        MismatchError,
+        MissingExtraError,
+        ModelFileError,
+        PalateError,
+        UnknownUserError,
+    )
+    from palate.evaluation import Evaluation, compare, evaluate
+    from palate.models.base import RewardModel, load_model
+    from palate.models.factored import BradleyTerry, LoRe
+    from palate.models.hierarchical import Hierarchical
+    from palate.report import write_report
+    from palate.scoring import Scorer
+    from palate.training import fit
+
+_HOME = {
+    "palate.adaptation": ("Profile", "Profiles", "adapt", "margins"),
+    "palate.data.embeddings": ("Dense", "Embeddings", "Joined", "OneHot"),
+    "palate.data.pairs": ("Choice", "EmbeddedPairs", "Message", "PairSet", "Text"),
+    "palate.data.readers": ("load_pairs",),
+    "palate.data.splits": ("Split", "split"),
+    "palate.data.synthetic": ("Population", "synthetic"),
+    "palate.data.validation": ("ValidationReport", "validate"),
+    "palate.encoders": ("Encoder", "load_encoder"),
+    "palate.errors": (
+        *("ConvergenceError", "DataError", "LeakError", "MismatchError"),
+        *("MissingExtraError", "ModelFileError", "PalateError", "UnknownUserError"),
+    ),
+    "palate.evaluation": ("Evaluation", "compare", "evaluate"),
+    "palate.models.base": ("RewardModel", "load_model"),
+    "palate.models.factored": ("BradleyTerry", "LoRe"),
+    "palate.models.hierarchical": ("Hierarchical",),
+    "palate.report": ("write_report",),
+    "palate.scoring": ("Scorer",),
+    "palate.training": ("fit",),
+}
+_MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
+
+__all__ = [  # noqa: RUF022 - in the order of the way through, then the errors
+    "load_pairs",
+    "validate",
+    "ValidationReport",
+    "synthetic",
+    "Population",
+    "split",
+    "Split",
+    "Choice",
+    "Message",
+    "Text",
+    "PairSet",
+    "EmbeddedPairs",
+    "Embeddings",
+    "Dense",
+    "OneHot",
+    "Joined",
+    "load_encoder",
+    "Encoder",
+    "fit",
+    "RewardModel",
+    "Hierarchical",
+    "BradleyTerry",
+    "LoRe",
+    "load_model",
+    "adapt",
+    "margins",
+    "Profile",
+    "Profiles",
+    "Scorer",
+    "evaluate",
+    "compare",
+    "Evaluation",
+    "write_report",
+    "PalateError",
+    "DataError",
+    "LeakError",
+    "UnknownUserError",
+    "ModelFileError",
+    "MismatchError",
+    "ConvergenceError",
+    "MissingExtraError",
+    "__version__",
+]
+
+
+def __getattr__(name: str) -> object:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module 'palate' has no attribute {name!r}")
+    value = getattr(import_module(_MODULE_OF[name]), name)
+    globals()[name] = value  # asked once
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,377 @@
+"""The command line: every command reads files, calls one public function, writes files, and says what it did.
+
+Exit codes: 0 done; 1 done, and bad rows or a broken part were found; 2 not done, with one line that says why.
+"""
+
+import gzip
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, BinaryIO
+
+import typer
+
+from palate import terminal
+from palate.errors import DataError
+from palate.version import __version__
+
+if TYPE_CHECKING:
+    from palate.data.pairs import PairSet
+    from palate.data.splits import By
+    from palate.models.base import RewardModel
+
+app = typer.Typer(
+    name="palate", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich"
+)
+data_app = typer.Typer(no_args_is_help=True, help="Make data sets.")
+app.add_typer(data_app, name="data")
+
+Rows = Annotated[
+    Path,
+    typer.Argument(
+        metavar="ROWS",
+        help="Choices: JSON Lines, CSV (either may be .gz) or Parquet with the columns user_id, prompt, chosen, rejected; "
+        "or the folder of a Polis export.",
+        show_default=False,
+    ),
+]
+Model = Annotated[Path, typer.Argument(metavar="MODEL", help="A folder written by `palate fit`.", show_default=False)]
+EncoderSpec = Annotated[
+    str,
+    typer.Option(
+        "--encoder",
+        metavar="SPEC",
+        help="How texts become features: 'style' (interpretable statistics), 'items' (one feature per distinct response, for a "
+        "fixed catalogue), 'minilm' (a small sentence encoder), or several joined: 'minilm+style'.",
+    ),
+]
+ITEM_PAIRS = 40  # pairs made of votes are products of two short lists: more of them say little that is new
+
+Seed = Annotated[int, typer.Option(help="Same seed, same result on the same machine.", min=0)]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        terminal.say(f"palate {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _palate(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Say the version and leave.")
+    ] = False,
+    debug: Annotated[
+        bool, typer.Option("--debug", help="Show the traceback of an error. May stand anywhere on the line.")
+    ] = False,
+) -> None:
+    """Reward models with personal taste: from a log of people's choices to what each of them wants.
+
+    Begin with [bold]palate demo[/bold], or, with choices of your own, with [bold]palate validate[/bold] and
+    [bold]palate compare[/bold].
+    """
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder of the report.")] = Path("demo-report"),
+    users: Annotated[int, typer.Option(help="Number of generated users; half of them are held out as unseen.", min=8)] = 200,
+    choices: Annotated[int, typer.Option(help="Choices of each user.", min=4)] = 40,
+    seeds: Annotated[int, typer.Option(help="Number of random splits.", min=1)] = 3,
+    seed: Seed = 0,
+) -> None:
+    """Compare three methods on generated choices with a planted truth, and write the report. Needs no data and no network."""
+    from palate.data.synthetic import synthetic
+
+    with terminal.progress("Writing texts and choosing"):
+        data = synthetic(users, choices, noise=0.05, seed=seed)
+    best = data.oracle_accuracy()
+    terminal.note(f"{data.pairs!r}, generated. The true rewards predict {best:.1%} of the choices, the most that can be reached.")
+    models = terminal.methods("bt,lore,hierarchical")
+    _compare(data.pairs, "style", models, out, by="conversation", seeds=seeds, shots="0,1,2,5,10,all")
+
+
+@app.command()
+def validate(
+    file: Rows,
+    good: Annotated[
+        Path | None, typer.Option(metavar="F", help="Write the good rows here, as JSON Lines (.gz is compressed).")
+    ] = None,
+    quarantine: Annotated[Path | None, typer.Option(metavar="F", help="Write the bad rows here, verbatim, with reasons.")] = None,
+    format: Annotated[str | None, typer.Option(help="'jsonl', 'csv', 'parquet' or 'polis'; by default by the name.")] = None,
+    show: Annotated[int, typer.Option(help="How many bad rows to show.", min=0)] = 20,
+) -> None:
+    """Check every row, in one pass and whatever the size; nothing is lost.
+
+    Exit code 0: every row is good. 1: some rows are bad, each with its line number and reason. 2: no row can be read.
+    """
+    from palate.data.validation import validate as check
+
+    with terminal.progress(f"Reading {file}"):
+        report = check(file, good=good, quarantine=quarantine, format=format)
+    terminal.say(report.summary(most=show))
+    for path, what in ((good, "good"), (quarantine, "bad")):
+        if path is not None:
+            terminal.note(f"{what} rows: {path}")
+    if report.ignored_columns:
+        terminal.note(f"columns that nothing reads: {', '.join(sorted(report.ignored_columns))}")
+    if not report.ok:
+        if quarantine is None:
+            terminal.note("To go on with the good rows: palate validate FILE --good good.jsonl --quarantine bad.jsonl")
+        raise typer.Exit(1)
+
+
+@app.command()
+def fit(
+    rows: Rows,
+    out: Annotated[Path, typer.Option(metavar="MODEL", help="Folder of the model.", show_default=False)],
+    encoder: EncoderSpec = "style",
+    method: Annotated[str, typer.Option(metavar="NAME", help=f"One of {', '.join(terminal.METHODS)}.")] = "hierarchical",
+    seed: Seed = 0,
+) -> None:
+    """Learn what is shared: the crowd's reward and what people differ about. The model holds no user and no text."""
+    from palate.encoders import load_encoder
+    from palate.training import fit as fit_model
+
+    model, features = terminal.method(method), load_encoder(encoder)
+    pairs, _ = terminal.read_choices(rows)
+    with terminal.progress(f"Encoding {len(pairs.texts)} texts"):
+        data = features.embed(pairs)
+    with terminal.progress(f"Fitting {method}") as advance:
+        model = fit_model(data, model, seed=seed, progress=lambda share, what: advance(round(100 * share), 100, what))
+    model.save_pretrained(out)
+    terminal.save_encoder(features, out)
+    terminal.note(f"{method}, fitted on {pairs!r}")
+    terminal.say(str(out))
+
+
+@app.command()
+def adapt(
+    model: Model,
+    rows: Rows,
+    out: Annotated[
+        Path, typer.Option(metavar="PROFILES", help="File of the profiles, one for each user of ROWS.", show_default=False)
+    ],
+) -> None:
+    """Learn what each user of ROWS wants, all in one batched solve. A profile is a few numbers and belongs to this model."""
+    from palate.adaptation import adapt as adapt_users
+    from palate.models.base import load_model
+
+    fitted, features = load_model(model), terminal.saved_encoder(model)
+    pairs, _ = terminal.read_choices(rows)
+    with terminal.progress(f"Encoding {len(pairs.texts)} texts"):
+        data = features.embed(pairs)
+    with terminal.progress(f"Adapting {len(pairs.user_ids)} users"):
+        profiles = adapt_users(fitted, data)
+    profiles.save(out)
+    terminal.note(f"{len(profiles)} profiles from {len(pairs)} choices")
+    unfinished = int((~profiles.converged).sum())
+    if unfinished:
+        terminal.note(f"the solver did not reach its tolerance for {unfinished} of them")
+    terminal.say(str(out))
+
+
+@app.command()
+def rank(
+    model: Model,
+    prompt: Annotated[str, typer.Option(help="The prompt that the candidates answer.", show_default=False)],
+    candidates: Annotated[
+        Path,
+        typer.Argument(metavar="[CANDIDATES]", help="Responses, one JSON string a line; '-' is standard input.", allow_dash=True),
+    ] = Path("-"),
+    profiles: Annotated[
+        Path | None, typer.Option(metavar="PROFILES", help="A file written by `palate adapt`.", show_default=False)
+    ] = None,
+    user: Annotated[
+        str | None, typer.Option(metavar="ID", help="For whom; without it, the crowd's reward ranks.", show_default=False)
+    ] = None,
+) -> None:
+    """Rank responses for a user, best first: one JSON object a line with rank, index (from 0, as given), reward and response.
+
+    Example: [dim]printf '"Sure!"\\n"No."\\n' | palate rank MODEL --prompt "May I?" --profiles P --user ada[/dim]
+    """
+    if (user is None) != (profiles is None):
+        raise DataError("--profiles and --user belong together; give both, or neither for the crowd's ranking")
+    from palate.adaptation import Profiles
+    from palate.models.base import load_model
+    from palate.scoring import Scorer
+
+    scorer = Scorer(terminal.saved_encoder(model), load_model(model))
+    profile = None if profiles is None or user is None else Profiles.load(profiles)[user]
+    responses = terminal.read_candidates(candidates)
+    rewards = [float(reward) for reward in scorer.score(prompt, responses, profile)]
+    best_first = sorted(range(len(responses)), key=lambda i: -rewards[i])
+    for place, i in enumerate(best_first, start=1):
+        row = {"rank": place, "index": i, "reward": round(rewards[i], 6), "response": responses[i]}
+        terminal.say(json.dumps(row, ensure_ascii=False))
+
+
+@app.command()
+def compare(
+    rows: Rows,
+    out: Annotated[
+        Path, typer.Option(metavar="DIR", help="Folder of report.html, report.md and results.jsonl.", show_default=False)
+    ],
+    methods: Annotated[
+        str, typer.Option(help=f"Which, separated by commas: {', '.join(terminal.METHODS)}.")
+    ] = "hierarchical,lore,bt",
+    encoder: EncoderSpec = "style",
+    seeds: Annotated[int, typer.Option(help="Number of random splits; the worst users want ten.", min=1)] = 3,
+    split_by: Annotated[
+        str | None,
+        typer.Option(
+            help=f"What a user's support and test must not share: {', '.join(terminal.UNITS)}. 'item' is for votes. By default "
+            "the widest of which users have several."
+        ),
+    ] = None,
+    shots: Annotated[str, typer.Option(help="Numbers of choices from which unseen users are adapted.")] = "0,1,2,5,10,20,all",
+    max_support: Annotated[
+        int | None,
+        typer.Option(help=f"At most so many choices of a user to learn from; by default all, by item {ITEM_PAIRS}.", min=1),
+    ] = None,
+    max_test: Annotated[
+        int | None, typer.Option(help=f"At most so many choices of a user to score; by default all, by item {ITEM_PAIRS}.", min=1)
+    ] = None,
+    min_support: Annotated[int, typer.Option(help="Leave out users with fewer choices to learn from.", min=1)] = 3,
+    quote_texts: Annotated[bool, typer.Option("--quote-texts", help="Let the report quote users' texts.")] = False,
+) -> None:
+    """Compare methods on the same splits, with intervals over users, and write a report. The test choices are never fitted on.
+
+    Bad rows are left out, counted in the report, and do not stop it. A `split` column is used as given.
+    """
+    by = None if split_by is None else terminal.one_of(split_by, terminal.UNITS, "--split-by")
+    models = terminal.methods(methods)
+    pairs, report = terminal.read_choices(rows)
+    if by is None:
+        from palate.encoders.base import usual_unit
+
+        by = usual_unit(pairs)
+        terminal.note(f"choices are split by {by}; --split-by says otherwise")
+    if by == "item":
+        max_support, max_test = max_support or ITEM_PAIRS, max_test or ITEM_PAIRS
+    _compare(
+        pairs,
+        encoder,
+        models,
+        out,
+        by=by,
+        seeds=seeds,
+        shots=shots,
+        max_support=max_support,
+        max_test=max_test,
+        min_support=min_support,
+        data_set=rows.resolve().name,
+        quarantined=report.reasons,
+        quote_texts=quote_texts,
+    )
+
+
+def _compare(
+    pairs: "PairSet",
+    encoder: str,
+    models: "dict[str, RewardModel]",
+    out: Path,
+    *,
+    by: "By",
+    seeds: int,
+    shots: str,
+    max_support: int | None = None,
+    max_test: int | None = None,
+    min_support: int = 1,
+    data_set: str = "",
+    quarantined: Mapping[str, int] | None = None,
+    quote_texts: bool = False,
+) -> None:
+    numbers = terminal.shots(shots)
+    from palate.encoders import load_encoder
+    from palate.evaluation import compare as compare_methods
+    from palate.report import write_report
+
+    features = load_encoder(encoder)
+    with terminal.progress(f"Encoding {len(pairs.texts)} texts") as advance:
+        evaluation = compare_methods(
+            pairs,
+            features,
+            models,
+            by=by,
+            seeds=seeds,
+            shots=numbers,
+            max_support=max_support,
+            max_test=max_test,
+            min_support=min_support,
+            data_set=data_set,
+            progress=advance,
+        )
+    with terminal.progress("Writing the report"):
+        write_report(evaluation, out, quarantined=quarantined, quote_texts=quote_texts)
+    terminal.show_evaluation(evaluation)
+    terminal.say(f"Report: {out / 'report.html'}")
+
+
+@data_app.command("synthetic")
+def data_synthetic(
+    out: Annotated[
+        Path, typer.Argument(metavar="OUT", help="File of the rows, JSON Lines (.gz is compressed).", show_default=False)
+    ],
+    users: Annotated[int, typer.Option(help="Number of users.", min=1)] = 200,
+    choices: Annotated[int, typer.Option(help="Choices of each user.", min=1)] = 40,
+    groups: Annotated[int, typer.Option(help="Number of groups of taste; 1 is a crowd without groups.", min=1)] = 3,
+    contrarians: Annotated[float, typer.Option(help="Share of users who want the opposite of the crowd.", min=0, max=1)] = 0.0,
+    drift: Annotated[float, typer.Option(help="Share of users who move to another group; needs two groups.", min=0, max=1)] = 0.0,
+    noise: Annotated[float, typer.Option(help="Probability that a choice is flipped.", min=0, max=0.5)] = 0.0,
+    seed: Seed = 0,
+) -> None:
+    """Write generated choices, in English, by users with known tastes."""
+    from palate.data.pairs import Choice
+    from palate.data.rows import as_row
+    from palate.data.synthetic import Population, synthetic
+
+    population = Population(groups=groups, contrarians=contrarians, drift=drift)
+    with terminal.progress("Writing texts and choosing"):
+        pairs = synthetic(users, choices, population=population, noise=noise, seed=seed).pairs
+    partial = out.with_name(out.name + ".partial")
+    with ExitStack() as stack:
+        raw: BinaryIO | gzip.GzipFile = stack.enter_context(partial.open("wb"))
+        if out.suffix == ".gz":  # without name and time: same seed, same bits
+            raw = stack.enter_context(gzip.GzipFile(filename="", mode="wb", fileobj=raw, mtime=0))
+        for i, (chosen, rejected) in enumerate(zip(pairs.chosen.tolist(), pairs.rejected.tolist(), strict=True)):
+            sides = pairs.texts[chosen], pairs.texts[rejected]
+            choice = Choice(
+                user_id=pairs.user_ids[pairs.user_index[i]],
+                prompt=sides[0].prompt,
+                chosen=sides[0].response,
+                rejected=sides[1].response,
+                timestamp=float(pairs.timestamp[i]),
+                conversation_id=pairs.conversation[i],
+            )
+            raw.write(json.dumps(as_row(choice), ensure_ascii=False).encode() + b"\n")
+    partial.replace(out)
+    terminal.note(repr(pairs))
+    terminal.say(str(out))
+
+
+@app.command()
+def doctor() -> None:
+    """Say what is installed and whether each encoder works here. Exit code 1 where an installed part is broken."""
+    from palate import doctor as facts
+
+    terminal.show(terminal.table("Core", ["what", "version"], facts.core()))
+    if extras := facts.extras():
+        terminal.show(terminal.table("Extras", ["extra", "state"], extras))
+    with terminal.progress("Trying the encoders"):
+        states = [(spec, *facts.encoder_state(spec)) for spec in facts.ENCODERS]
+    terminal.show(terminal.table("Encoders", ["encoder", "state"], [(spec, state) for spec, state, _ in states]))
+    if any(broken for _, _, broken in states):
+        raise typer.Exit(1)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line and leave with its exit code."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    ours = given[: given.index("--")] if "--" in given else given
+    debug = "--debug" in ours  # people add it to the end of the line that failed
+    kept = [part for part in ours if part != "--debug"] + given[len(ours) :]
+    with terminal.errors_as_one_line(debug=debug):
+        app(kept, prog_name="palate")

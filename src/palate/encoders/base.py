@@ -1,0 +1,114 @@
+"""What an encoder is: texts in, one row of features each, and a fingerprint that says when two tables may be compared.
+
+A model fitted on one encoder's features means nothing on another's, so everything that changes a feature changes the
+fingerprint, and every table carries it.
+"""
+
+import hashlib
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from palate.data.embeddings import Embeddings
+from palate.data.pairs import EmbeddedPairs, PairSet, Text
+from palate.data.splits import By, pair_labels, unit_labels
+from palate.errors import DataError
+
+State = dict[str, Any]  # JSON-able
+
+
+class Encoder(ABC):
+    """Turns texts into an (N, D) table.
+
+    Attributes:
+        spec: what `load_encoder` takes to make this encoder.
+        names: (D,) readable names of the features where they have any, else None.
+    """
+
+    spec: str
+    names: tuple[str, ...] | None = None
+
+    @abstractmethod
+    def encode(self, texts: Sequence[Text]) -> Embeddings:
+        """The (N, D) table of `texts`, in their order."""
+
+    @abstractmethod
+    def state(self) -> State:
+        """Everything that determines the features, as JSON-able values; `restore_encoder` makes an equal encoder of it."""
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 in hexadecimal of `state`: equal exactly where the features of every text are equal."""
+        return digest(self.state())
+
+    def embed(self, pairs: PairSet, *, unit: Sequence[Any] | NDArray[Any] | None = None) -> EmbeddedPairs:
+        """`pairs` as arrays: every distinct text that is in use is encoded once.
+
+        Args:
+            pairs: at least one choice.
+            unit: (P,) labels of what must not be split; by default the conversation of a choice, its prompt where it has none,
+                and the pair of texts where most users answered one prompt only: by prompt they could not be split at all.
+
+        Raises:
+            DataError: no choices, or a `unit` of the wrong length.
+        """
+        if not len(pairs):
+            raise DataError("0 choices to embed; expected at least one")
+        used, rows = np.unique(np.concatenate([pairs.chosen, pairs.rejected]), return_inverse=True)
+        table = self.encode([pairs.texts[i] for i in used.tolist()])
+        if unit is None:
+            kind, label = (
+                ("prompt", pairs.prompt_index) if has_several(pairs, pairs.prompt_index) else ("pair", pair_labels(pairs))
+            )
+            labels = zip(pairs.conversation, label.tolist(), strict=True)
+            unit = [f"{kind} {n}" if conversation is None else f"conversation {conversation}" for conversation, n in labels]
+        n = len(pairs)
+        return EmbeddedPairs(
+            table,
+            torch.from_numpy(rows[:n].astype(np.int64)),
+            torch.from_numpy(rows[n:].astype(np.int64)),
+            pairs.users,
+            tie=pairs.tie,
+            weight=pairs.weight,
+            unit=unit,
+            encoder=self.fingerprint,
+        )
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.spec!r}, fingerprint {self.fingerprint[:12]})"
+
+
+def has_several(pairs: PairSet, label: NDArray[np.int64]) -> bool:
+    """Whether at least half of the users with two choices or more have two of the labels (P,) or more. O(P log P).
+
+    Users of one choice say nothing about it; where there is nobody else, any unit is as good as another.
+    """
+    distinct = np.unique(pairs.user_index * (int(label.max(initial=0)) + 1) + label) // (int(label.max(initial=0)) + 1)
+    n_labels = np.bincount(distinct, minlength=len(pairs.user_ids))
+    several = np.bincount(pairs.user_index, minlength=len(pairs.user_ids)) >= 2
+    return not several.any() or bool((n_labels[several] >= 2).mean() >= 0.5)
+
+
+def usual_unit(pairs: PairSet) -> By:
+    """What the two sides of a user should not share, where nobody said: the widest unit of which users have several.
+
+    The conversation where every choice names one, else the prompt. Under one prompt it is the item where a user's pairs share
+    texts, as pairs made of votes do, and the pair otherwise.
+    """
+    if all(name is not None for name in pairs.conversation) and has_several(pairs, unit_labels(pairs, "conversation")):
+        return "conversation"
+    if has_several(pairs, pairs.prompt_index):
+        return "prompt"
+    items = np.concatenate([pairs.chosen, pairs.rejected])
+    users = np.concatenate([pairs.user_index, pairs.user_index])
+    return "item" if len(np.unique(users * len(pairs.texts) + items)) < len(pairs) else "pair"
+
+
+def digest(state: Mapping[str, Any]) -> str:
+    """SHA-256 in hexadecimal of JSON-able values, independent of the order of keys."""
+    return hashlib.sha256(json.dumps(state, sort_keys=True, ensure_ascii=True).encode()).hexdigest()

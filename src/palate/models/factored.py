@@ -1,0 +1,239 @@
+"""The factored models side by side: a reward linear in the embedding, with as many directions as the method has weights.
+
+BradleyTerry has one direction for everybody; LoRe has K that a user mixes on the simplex. Their differences (how many directions,
+what the weights may be, how they are found) are the science, so they stand in one file.
+
+The fixed presets read features scaled on the training pairs (rows of norm about one, `crowd.standard_scale`), choose what there
+is to choose on held-out seen users, and solve a new user's weights exactly. The faithful ones do what the published code does on
+frozen features: raw embeddings, a division by 100, no prior, a fixed number of Adam steps from N(0, 1).
+"""
+
+from collections.abc import Callable
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from palate import likelihood
+from palate.data.embeddings import Embeddings
+from palate.data.pairs import EmbeddedPairs
+from palate.errors import DataError
+from palate.models import crowd
+from palate.models.base import Fixed, Inference, RewardModel, Simplex, Steps, normal_for
+from palate.solvers import Batch
+
+Progress = Callable[[float, str], None]  # (share done, what)
+
+
+class BradleyTerry(RewardModel):
+    """One reward for everybody: r = mu . e, ridge Bradley-Terry over all pairs (Bradley and Terry 1952).
+
+    Minimises mean_j nll(z_j . mu) + ridge / 2 |mu|^2 on features scaled to rows of norm about one, every pair weighing the same.
+
+    Args:
+        ridge: the penalty; None chooses among `crowd.RIDGES` on held-out users.
+    """
+
+    direction: Tensor
+
+    def __init__(self, ridge: float | None = None):
+        super().__init__()
+        if ridge is not None and not ridge > 0:
+            raise DataError(f"ridge is {ridge}; expected a positive number, or None to choose it on held-out users")
+        self.ridge = ridge
+        self.inference: Inference = Fixed()
+        self.register_buffer("direction", torch.zeros(0))
+
+    def options(self) -> dict[str, Any]:
+        return {"ridge": self.ridge}
+
+    @property
+    def n_features(self) -> int:
+        return len(self.direction)
+
+    @property
+    def crowd_weights(self) -> Tensor:
+        return self.direction.new_zeros(0)
+
+    def features(self, embeddings: Embeddings) -> Tensor:
+        return embeddings.project(self.direction[:, None])
+
+    def design(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        return features[:, 0], features[:, 1:]
+
+    def fitted(self, data: EmbeddedPairs, *, seed: int, progress: Progress) -> tuple["BradleyTerry", None]:
+        _, scale = crowd.standard_scale(data)
+        fold = crowd.user_folds(len(data.user_ids), seed)
+        ridges = crowd.RIDGES if self.ridge is None else (self.ridge,)
+        found = crowd.fit_crowd(data, crowd.Rescaled(data.differences(), scale), fold, ridges=ridges)
+        out = self.like({"direction": scale * found.direction})
+        out.record["selection"] = {"ridge": found.ridge, "ridges": list(ridges), "log_loss": found.curve}
+        return out, None
+
+
+class LoRe(RewardModel):
+    """Low-rank rewards mixed on the simplex: r_i = softmax(a_i) . V^T e (LoRe, arXiv 2504.14439).
+
+    V and the users' logits are learned jointly, minimising sum_i mean_j nll(margin_ij) by full-batch Adam from N(0, 1) starts
+    (the paper's equation 10). New users get V and weights of their own (equation 11).
+
+    The fixed preset (this constructor) scales the features, chooses the number of bases, and when to stop, by the log loss of
+    held-out seen users, and solves the convex few-shot problem exactly. `faithful` is the published code.
+
+    Args:
+        n_bases: K, or a tuple of candidates.
+        steps: most Adam steps on the joint problem.
+        rate: Adam's rate.
+    """
+
+    bases: Tensor
+    mean_weights: Tensor
+
+    def __init__(self, n_bases: int | tuple[int, ...] = (2, 5, 10), *, steps: int = 400, rate: float = 0.1):
+        super().__init__()
+        candidates = (n_bases,) if isinstance(n_bases, int) else tuple(n_bases)
+        if not candidates or min(candidates) < 1:
+            raise DataError(f"n_bases is {n_bases}; expected a positive number of base rewards, or several to choose from")
+        if steps < 1 or not rate > 0:
+            raise DataError(f"steps is {steps} and rate {rate}; expected at least one step and a positive rate")
+        self.n_bases, self.steps, self.rate = n_bases, steps, rate
+        self._faithful: dict[str, Any] | None = None
+        self.inference: Inference = Simplex()
+        self.register_buffer("bases", torch.zeros(0, 0))
+        self.register_buffer("mean_weights", torch.zeros(0))
+
+    @classmethod
+    def faithful(cls, n_bases: int = 5, *, few_shot_rate: float = 0.1, seed: int = 0) -> Self:
+        """The published code for PersonalLLM and TL;DR on frozen features (`LoRe`, June 2025; not the PRISM class of August).
+
+        Raw embeddings, logits divided by 100, Adam at .5 for 1,000 full-batch steps from N(0, 1); seen users keep the weights of
+        the joint table; a new user's logits start at N(0, 1) and take 500 Adam steps at `few_shot_rate` (.1; .5 on PRISM).
+        """
+        out = cls(n_bases, steps=1000, rate=0.5)
+        out._faithful = {"few_shot_rate": few_shot_rate, "seed": seed}
+        out.inference = Steps(500, few_shot_rate, seed)
+        return out
+
+    def options(self) -> dict[str, Any]:
+        n_bases = self.n_bases if isinstance(self.n_bases, int) else list(self.n_bases)
+        return {"n_bases": n_bases, "steps": self.steps, "rate": self.rate, "faithful": self._faithful}
+
+    @classmethod
+    def from_options(cls, options: dict[str, Any]) -> Self:
+        n_bases = options["n_bases"] if isinstance(options["n_bases"], int) else tuple(options["n_bases"])
+        if options["faithful"] is not None:
+            return cls.faithful(options["n_bases"], **options["faithful"])
+        return cls(n_bases, steps=options["steps"], rate=options["rate"])
+
+    @property
+    def n_features(self) -> int:
+        return len(self.bases)
+
+    @property
+    def crowd_weights(self) -> Tensor:
+        """The mean of the weights of the users it was fitted on; the paper has no answer for somebody who said nothing."""
+        return self.mean_weights
+
+    def features(self, embeddings: Embeddings) -> Tensor:
+        return embeddings.project(self.bases)
+
+    def design(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        return features.new_zeros(len(features)), features
+
+    def fitted(self, data: EmbeddedPairs, *, seed: int, progress: Progress) -> tuple["LoRe", Tensor | None]:
+        if self._faithful is not None:
+            if not isinstance(self.n_bases, int):
+                raise DataError(f"n_bases is {self.n_bases}; the faithful preset takes one number")
+            raw = data.embeddings
+            scale = torch.full((raw.shape[1],), 0.01, dtype=raw.dtype, device=raw.device)
+            table = _Table(data, scale, self.n_bases, seed)
+            table.run(self.steps, self.rate, lambda share: progress(share, "LoRe, as published"))
+            return self._with(table, {}), table.weights()
+        _, scale = crowd.standard_scale(data)
+        candidates = (self.n_bases,) if isinstance(self.n_bases, int) else self.n_bases
+        fold = crowd.user_folds(len(data.user_ids), seed, enough=1, most=1)
+        best, curve = (candidates[len(candidates) // 2], self.steps), []
+        if bool((fold >= 0).any()):
+            stops = sorted({max(1, self.steps * k // 8) for k in range(1, 9)})
+            held = (fold >= 0).to(data.user_index.device)[data.user_index]
+            lowest = float("inf")
+            for i, k in enumerate(candidates):
+                table = _Table(data[~held], scale, k, seed)
+                for stop in stops:
+                    table.run(stop - table.taken, self.rate)
+                    loss = _held_out_loss(self._with(table, {}), data[held], seed)
+                    curve.append({"n_bases": k, "steps": stop, "log_loss": loss})
+                    if loss < lowest:
+                        lowest, best = loss, (k, stop)
+                progress((i + 1) / (len(candidates) + 1), "LoRe, choosing the number of bases")
+        table = _Table(data, scale, best[0], seed)
+        table.run(best[1], self.rate)
+        progress(1.0, "LoRe")
+        return self._with(table, {"selection": {"n_bases": best[0], "steps": best[1], "curve": curve}}), None
+
+    def _with(self, table: "_Table", record: dict[str, Any]) -> "LoRe":
+        out = self.like({"bases": table.scale[:, None] * table.bases, "mean_weights": table.weights().mean(0)})
+        out.record.update(record)
+        return out
+
+
+class _Table:
+    """The joint problem of LoRe: bases (D, K) and one row of logits per user, by full-batch Adam; the gradient is closed-form."""
+
+    def __init__(self, data: EmbeddedPairs, scale: Tensor, k: int, seed: int):
+        self.scale, self.taken = scale, 0
+        self.design, self.user, self.tie = crowd.Rescaled(data.differences(), scale), data.user_index, data.tie
+        total = data.weight.new_zeros(len(data.user_ids)).index_add_(0, data.user_index, data.weight)
+        self.share = (data.weight / total[data.user_index]).to(scale)  # each user's pairs weigh one together
+        generator = torch.Generator().manual_seed(seed)
+        self.bases = torch.randn(len(scale), k, generator=generator).to(scale)
+        self.logits = torch.stack([normal_for(user, seed, k) for user in data.user_ids]).to(scale)
+        self._moments = [torch.zeros_like(t) for t in (self.bases, self.bases, self.logits, self.logits)]
+
+    def weights(self) -> Tensor:
+        return self.logits.softmax(1)
+
+    def run(self, steps: int, rate: float, progress: Callable[[float], None] | None = None) -> None:
+        tied = self.tie if bool(self.tie.any()) else None
+        for step in range(steps):
+            w = self.weights()
+            own = w[self.user]  # (P, K)
+            projected = self.design.project(self.bases)
+            slope = likelihood.gradient((projected * own).sum(1), tied) * self.share
+            to_bases = self.design.back(slope[:, None] * own)
+            to_weights = torch.zeros_like(w).index_add_(0, self.user, slope[:, None] * projected)
+            to_logits = w * (to_weights - (w * to_weights).sum(1, keepdim=True))
+            self.taken += 1
+            self._adam(self.bases, to_bases, self._moments[0], self._moments[1], rate)
+            self._adam(self.logits, to_logits, self._moments[2], self._moments[3], rate)
+            if progress is not None and step % 50 == 0:
+                progress(step / steps)
+
+    def _adam(self, value: Tensor, gradient: Tensor, first: Tensor, second: Tensor, rate: float) -> None:
+        first.mul_(0.9).add_(gradient, alpha=0.1)
+        second.mul_(0.999).addcmul_(gradient, gradient, value=0.001)
+        scale = (second / (1 - 0.999**self.taken)).sqrt_().add_(1e-8)
+        value.addcdiv_(first, scale, value=-rate / (1 - 0.9**self.taken))
+
+
+def _held_out_loss(model: LoRe, data: EmbeddedPairs, seed: int) -> float:
+    """Mean log loss of held-out users on the second half of their units, weights solved from the first half."""
+    from palate.models.validation import halves
+
+    support, query = halves(data, seed)
+    offset, slopes = model.design(model.features(data.embeddings))
+    del offset
+    z = slopes[data.chosen] - slopes[data.rejected]
+    n, users = int(torch.bincount(data.user_index).max()), len(data.user_ids)
+    grouped = data.grouped()
+    place = torch.arange(len(data), device=z.device) - grouped.offsets[data.user_index[grouped.order]]
+    padded, weight = z.new_zeros(users, n, z.shape[1]), z.new_zeros(users, n)
+    tie = torch.zeros(users, n, dtype=torch.bool, device=z.device)
+    owner = data.user_index[grouped.order]
+    padded[owner, place], tie[owner, place] = z[grouped.order], data.tie[grouped.order]
+    weight[owner, place] = (data.weight * support)[grouped.order].to(z)
+    w = Simplex().solve(Batch(padded, z.new_zeros(users, n), weight, tie), None, data.user_ids).mean
+    loss = likelihood.nll((z * w[data.user_index]).sum(1), data.tie)
+    total = z.new_zeros(users).index_add_(0, data.user_index, loss * query)
+    count = z.new_zeros(users).index_add_(0, data.user_index, query.to(z))
+    return float((total / count.clamp(min=1))[count > 0].mean())

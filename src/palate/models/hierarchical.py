@@ -1,0 +1,233 @@
+"""The default model: a user is a draw from a population; learn the population, then condition on what the user said.
+
+r_i(e) = crowd(e) + w_i . V^T e with w_i ~ prior. Bradley-Terry is the prior without spread, LoRe a flat prior on a simplex, MRM a
+shared start without a prior; this one has a prior with a covariance, learned, and therefore uncertainty, and a floor: with no
+choices, or where people do not differ, it is the crowd's reward.
+
+The order of estimation: the crowd's direction and its ridge, whether the crowd's reward bends, the directions in which users'
+choices depart from it, the spread along them (EM), types of people, and then how much of all this to believe. Every choice is made
+on held-out seen users and is written into the record with its curve.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from palate.data.embeddings import Dense, Differences, Embeddings
+from palate.data.pairs import EmbeddedPairs
+from palate.errors import DataError
+from palate.models import crowd
+from palate.models.base import Inference, Newton, RewardModel
+from palate.models.selection import CROWD, KAPPAS, Candidate, Crowds, Selection
+from palate.priors import Prior
+
+Progress = Callable[[float, str], None]  # (share done, what)
+
+TYPES = (2, 4, 12)
+LENGTHS = (0.5, 1.0)
+BEND_RIDGES = (1e-5, 3e-5, 1e-4, 3e-4)
+
+
+class Hierarchical(RewardModel):
+    """Population of users around a crowd: r_i(e) = crowd(e) + w_i . V^T e, w_i ~ mixture of Gaussians, learned.
+
+    Args:
+        n_bases: most base rewards to look for; as many are kept as hold 99.5 % of the prior variance of the margins.
+        bend: random Fourier features of the crowd's reward; 0 keeps it linear. They are used only where held-out users gain.
+        types: numbers of mixture components to try beside the plain Gaussian; () for none.
+        kappa: multiplier of the prior covariance; None chooses it on held-out users, 0 included (then this is Bradley-Terry).
+        prior_variance: variance of the margins under the prior from which EM starts, in squared log-odds.
+    """
+
+    direction: Tensor
+    bases: Tensor
+    frequencies: Tensor
+    phases: Tensor
+    amplitudes: Tensor
+    share: Tensor
+    means: Tensor
+    factors: Tensor
+
+    def __init__(
+        self,
+        n_bases: int = 128,
+        *,
+        bend: int = 1000,
+        types: tuple[int, ...] = TYPES,
+        kappa: float | None = None,
+        prior_variance: float = 4.0,
+    ):
+        super().__init__()
+        if n_bases < 0 or bend < 0:
+            raise DataError(f"n_bases is {n_bases} and bend {bend}; expected numbers of at least 0")
+        if kappa is not None and not kappa >= 0:
+            raise DataError(f"kappa is {kappa}; expected a number of at least 0, or None to choose it on held-out users")
+        if not prior_variance > 0:
+            raise DataError(f"prior_variance is {prior_variance}; expected a positive number")
+        self.n_bases, self.bend, self.types, self.kappa, self.prior_variance = n_bases, bend, tuple(types), kappa, prior_variance
+        self.inference: Inference = Newton()
+        for name, shape in (("direction", (0,)), ("bases", (0, 0)), ("frequencies", (0, 0)), ("phases", (0,)), ("amplitudes", (0,))):
+            self.register_buffer(name, torch.zeros(shape))
+        for name, shape in (("share", (0,)), ("means", (0, 0)), ("factors", (0, 0, 0))):
+            self.register_buffer(name, torch.zeros(shape))
+
+    def options(self) -> dict[str, Any]:
+        return {
+            "n_bases": self.n_bases,
+            "bend": self.bend,
+            "types": list(self.types),
+            "kappa": self.kappa,
+            "prior_variance": self.prior_variance,
+        }
+
+    @property
+    def n_features(self) -> int:
+        return len(self.direction)
+
+    @property
+    def crowd_weights(self) -> Tensor:
+        return self.direction.new_zeros(self.bases.shape[1])
+
+    @property
+    def prior(self) -> Prior | None:
+        if len(self.share) == 0:
+            return None
+        return Prior(self.share, self.means, self.factors)
+
+    def features(self, embeddings: Embeddings) -> Tensor:
+        """(N, 1 + K): the crowd's reward, then the base rewards."""
+        out = embeddings.project(torch.cat([self.direction[:, None], self.bases], dim=1))
+        if len(self.amplitudes):
+            out[:, 0] += crowd.bent(embeddings, self.frequencies, self.phases) @ self.amplitudes
+        return out
+
+    def design(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        return features[:, 0], features[:, 1:]
+
+    @property
+    def n_parameters(self) -> int:
+        """Numbers learned and shared by all users; the random frequencies and phases are drawn, not learned."""
+        return super().n_parameters - self.frequencies.numel() - self.phases.numel()
+
+    def fitted(self, data: EmbeddedPairs, *, seed: int, progress: Progress) -> tuple["Hierarchical", None]:
+        return _Estimation(self, data, seed, progress).run(), None
+
+
+class _Estimation:
+    """The order in which `Hierarchical` is estimated, with what each step leaves for the next."""
+
+    def __init__(self, model: Hierarchical, data: EmbeddedPairs, seed: int, progress: Progress):
+        self.model, self.data, self.seed, self.progress = model, data, seed, progress
+        self.centre, self.scale = crowd.standard_scale(data)
+        self.linear = crowd.Rescaled(data.differences(), self.scale)
+        self.fold = crowd.user_folds(len(data.user_ids), seed)
+        self.record: dict[str, Any] = {}
+
+    def run(self) -> Hierarchical:
+        self.progress(0.0, "the crowd's reward")
+        straight = crowd.fit_crowd(self.data, self.linear, self.fold)
+        self.record["ridge"] = {"grid": list(crowd.RIDGES), "log_loss": straight.curve, "chosen": straight.ridge}
+        offsets = self.linear.project(_columns(straight))
+        personal, chosen = self._personal(straight, offsets, 0.1)
+        numbers: dict[str, Tensor] = {"direction": self.scale * straight.direction}
+        bend = self._bend(straight, personal, chosen)
+        if bend is not None:
+            table, bent = bend
+            offsets = self._beside(self.data, table).project(_columns(bent))
+            personal, chosen = self._personal(straight, offsets, 0.6)
+            numbers["direction"] = self.scale * bent.direction[: len(self.scale)]
+            numbers["frequencies"], numbers["phases"] = table.frequencies, table.phases
+            numbers["amplitudes"] = bent.direction[len(self.scale) :] * table.gain
+        numbers["bases"] = self.scale.new_zeros(len(self.scale), 0)
+        if personal is not None and chosen != CROWD:
+            self.progress(0.95, "how people differ")
+            view, prior = personal.describe(chosen)
+            numbers["bases"] = self.scale[:, None] * view.bases
+            numbers.update({"share": prior.share, "means": prior.means, "factors": prior.factors})
+        out = self.model.like(numbers)
+        out.record["selection"] = self.record
+        self.progress(1.0, "done")
+        return out
+
+    def _personal(self, straight: crowd.CrowdFit, offsets: Tensor, done: float) -> tuple[Selection | None, Candidate]:
+        """How people differ from a crowd with these margins (P, folds + 1)."""
+        model = self.model
+        if model.n_bases == 0 or model.kappa == 0 or len(self.data.user_ids) < 2:
+            return None, CROWD
+        own = _columns(straight)
+        shifts = _columns(crowd.sharpened(self.data, self.linear, self.fold, straight, factor=10.0)) - own
+        crowds = Crowds(offsets, own, shifts)
+        selection = Selection(
+            self.data, self.linear, self.fold, crowds, n_bases=model.n_bases, prior_variance=model.prior_variance, seed=self.seed
+        )
+        if not selection.folds:  # too few users to hold any out
+            return selection, Candidate(20, kappa=1.0 if model.kappa is None else model.kappa)
+        kappas, types = (KAPPAS, model.types) if model.kappa is None else ((model.kappa,), ())
+        chosen = selection.select(kappas, types, lambda share: self.progress(done + 0.35 * share, "how people differ"))
+        if model.kappa is not None:
+            chosen = min((key for key in selection.losses if key.kappa == model.kappa and key != CROWD), key=selection.mean)
+        self.record["population"] = {"curve": selection.curve(), "chosen": chosen._asdict()}
+        return selection, chosen
+
+    # -- whether the crowd's reward bends
+
+    def _bend(
+        self, straight: crowd.CrowdFit, personal: Selection | None, chosen: Candidate
+    ) -> tuple[crowd.Bend, crowd.CrowdFit] | None:
+        """The crowd's reward with random Fourier features beside the linear ones, where held-out users surely gain by it.
+
+        A bend is kept if, on users held out of it, its log loss is below the straight crowd's by more than one standard error of the
+        paired difference, and below that of the personal rewards around the straight crowd: where people differ, a bend
+        can also be an average over them, which knowing each of them makes needless.
+        """
+        dense = torch.zeros_like(self.scale)
+        for part, is_dense in self.data.embeddings.column_blocks():
+            dense[part] = float(is_dense)
+        if not self.model.bend or int(self.fold.max()) < 0 or not bool((dense * self.scale).any()):
+            return None
+        users = self._few_texts()
+        trial = self.data[users.to(self.data.user_index.device)[self.data.user_index]]
+        fold = torch.where(self.fold < 2, self.fold, -1)[users]  # two folds are enough to see it
+        if not bool((fold >= 0).any()):
+            return None
+        base = crowd.fit_columns(trial, crowd.Rescaled(trial.differences(), self.scale), fold, [straight.ridge], max_iter=100)
+        tried: list[dict[str, Any]] = []
+        best: tuple[float, crowd.Bend] | None = None
+        for number, length in enumerate(LENGTHS):
+            self.progress(0.5 + 0.05 * number, "whether the crowd's reward bends")
+            bend = crowd.Bend(self.centre, self.scale, dense, width=self.model.bend, length=length, seed=self.seed)
+            bent = crowd.fit_columns(trial, self._beside(trial, bend), fold, BEND_RIDGES, max_iter=60)
+            gain = (base.chosen_losses - bent.chosen_losses)[fold >= 0].double()
+            tried.append({"length": length, "ridge": bent.ridge, "gain": float(gain.mean()), "error": float(gain.std() / len(gain) ** 0.5)})
+            if float(gain.mean()) > float(gain.std() / len(gain) ** 0.5) and (best is None or float(gain.mean()) > best[0]):
+                best = (float(gain.mean()), bend)
+        self.record["bend"] = {"tried": tried, "chosen": None}
+        already = 0.0 if personal is None or chosen == CROWD else personal.worse(CROWD, chosen)[0]
+        if best is None or best[0] <= already:
+            return None
+        self.record["bend"]["chosen"] = max(tried, key=lambda one: float(one["gain"]))
+        return best[1], crowd.fit_crowd(self.data, self._beside(self.data, best[1]), self.fold, ridges=BEND_RIDGES)
+
+    def _beside(self, data: EmbeddedPairs, bend: crowd.Bend) -> crowd.Design:
+        used, where = torch.unique(torch.cat([data.chosen, data.rejected]), return_inverse=True)
+        table = Dense(bend.table(data.embeddings.take(used)))
+        linear = crowd.Rescaled(data.differences(), self.scale)
+        return crowd.Beside(linear, Differences(table, where[: len(data)], where[len(data) :]))
+
+    def _few_texts(self, most: int = 6000) -> Tensor:
+        """(U,) users, evenly spaced, whose choices hold at most about `most` distinct texts: enough to see whether a bend pays.
+
+        With fewer pairs a bend pays less, so the trial errs towards the straight reward.
+        """
+        texts = len(torch.unique(torch.cat([self.data.chosen, self.data.rejected])))
+        users = torch.zeros(len(self.data.user_ids), dtype=torch.bool)
+        kept = max(2, int(len(users) * min(1.0, most / texts)))
+        users[torch.linspace(0, len(users) - 1, kept).round().long()] = True
+        return users
+
+
+def _columns(found: crowd.CrowdFit) -> Tensor:
+    """(D, folds + 1): the directions without each fold, then everybody's."""
+    return torch.cat([found.by_fold, found.direction[:, None]], dim=1)

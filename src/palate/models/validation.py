@@ -1,0 +1,65 @@
+"""Held-out users as a new user would be: adapt from a few of their choices, score the others. Used by `fit` alone, on seen users."""
+
+import hashlib
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from palate.data.pairs import EmbeddedPairs
+
+
+def halves(data: EmbeddedPairs, seed: int) -> tuple[Tensor, Tensor]:
+    """(P,) masks of support and query, half of each user's choices each, that share nothing within a user.
+
+    Where a user's units (conversations, prompts ...) hold texts of their own, whole units go to one side. Where the same texts come
+    back in many of a user's choices (a fixed catalogue, votes), the user's texts are halved instead, those only ever chosen and
+    those only ever rejected apart, and a choice between texts of different halves is on neither side: a model that merely remembers
+    which texts somebody chose must not look as if it knew their taste. A user without query cannot be validated.
+    """
+    user = data.user_index.repeat(2)
+    text = torch.cat([data.chosen, data.rejected])
+    appears = torch.unique(torch.stack([user, text, data.unit.repeat(2)], dim=1), dim=0)
+    held, times = torch.unique(appears[:, :2], dim=0, return_counts=True)
+    repeats = torch.zeros(len(data.user_ids), dtype=torch.bool, device=user.device)
+    repeats[held[times > 1, 0]] = True
+    if float(repeats.float().mean()) <= 0.5:
+        units, of_pair = torch.unique(torch.stack([data.user_index, data.unit], dim=1), dim=0, return_inverse=True)
+        support = _first_half(units[:, 0], seed, up=True)[of_pair]
+        return support, ~support
+    held, of_side = torch.unique(torch.stack([user, text], dim=1), dim=0, return_inverse=True)
+    wins = torch.zeros(len(held), dtype=torch.int64, device=user.device)
+    wins[of_side[: len(data)]] = 1
+    losses = torch.zeros_like(wins)
+    losses[of_side[len(data) :]] = 1
+    stratum = held[:, 0] * 3 + torch.where(wins + losses == 2, 2, losses)
+    first = _first_half(torch.unique(stratum, return_inverse=True)[1], seed, up=False)[of_side]
+    chosen, rejected = first[: len(data)], first[len(data) :]
+    return chosen & rejected, ~chosen & ~rejected
+
+
+def _first_half(group: Tensor, seed: int, *, up: bool) -> Tensor:
+    """Mask of a random half of the members of each group; an odd one out goes to this half if `up`."""
+    where = group.cpu()
+    noise = torch.rand(len(where), generator=_generator(seed, "halves"), dtype=torch.float64)
+    order = torch.argsort(where.double() + noise * 0.999)
+    counts = torch.bincount(where)
+    rank = torch.empty(len(where), dtype=torch.int64)
+    rank[order] = torch.arange(len(where)) - (counts.cumsum(0) - counts)[where[order]]
+    return (rank < (counts[where] + up) // 2).to(group.device)
+
+
+def position(data: EmbeddedPairs, mask: Tensor, seed: int) -> Tensor:
+    """(P,) place of each pair in a random order of its user's pairs within `mask`, from 0; pairs outside get a number past any shot."""
+    noise = torch.rand(len(data), generator=_generator(seed, "position"), dtype=torch.float64).to(mask.device)
+    inside = torch.nonzero(mask)[:, 0]
+    order = inside[torch.argsort(data.user_index[inside].double() + noise[inside] * 0.999)]
+    counts = torch.bincount(data.user_index[order], minlength=len(data.user_ids))
+    place = torch.full((len(data),), np.iinfo(np.int64).max, device=mask.device)
+    place[order] = torch.arange(len(order), device=mask.device) - (counts.cumsum(0) - counts)[data.user_index[order]]
+    return place
+
+
+def _generator(seed: int, purpose: str) -> torch.Generator:
+    digest = hashlib.sha256(f"{seed}:{purpose}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)

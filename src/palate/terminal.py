@@ -1,0 +1,231 @@
+"""What the commands share: names looked up, output, progress, and errors as one line. Nothing here knows any mathematics.
+
+Results go to standard output, everything else to standard error, so a pipe gets results only. Progress is drawn only on a
+terminal. This is the one place where a method or a split has a name.
+"""
+
+import json
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn, TypeVar
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from palate.errors import DataError, ModelFileError, PalateError
+
+if TYPE_CHECKING:
+    from palate.data.pairs import PairSet
+    from palate.data.splits import By
+    from palate.data.validation import ValidationReport
+    from palate.encoders import Encoder
+    from palate.evaluation import Evaluation
+    from palate.models.base import RewardModel
+
+Name = TypeVar("Name", bound=str)
+
+ENCODER_FILE = "encoder.json"
+
+UNITS: tuple["By", ...] = ("conversation", "prompt", "item", "pair")
+
+
+def _hierarchical() -> "RewardModel":
+    from palate.models.hierarchical import Hierarchical
+
+    return Hierarchical()
+
+
+def _bradley_terry() -> "RewardModel":
+    from palate.models.factored import BradleyTerry
+
+    return BradleyTerry()
+
+
+def _lore() -> "RewardModel":
+    from palate.models.factored import LoRe
+
+    return LoRe()
+
+
+def _lore_faithful() -> "RewardModel":
+    from palate.models.factored import LoRe
+
+    return LoRe.faithful()
+
+
+METHODS: Mapping[str, Callable[[], "RewardModel"]] = {
+    "hierarchical": _hierarchical,
+    "bt": _bradley_terry,
+    "lore": _lore,
+    "lore-faithful": _lore_faithful,
+}
+
+
+def method(name: str) -> "RewardModel":
+    """A new, unfitted model of this name."""
+    return METHODS[one_of(name, tuple(METHODS), "--method")]()
+
+
+def methods(names: str) -> dict[str, "RewardModel"]:
+    """Unfitted models for a comma-separated list, in its order."""
+    listed = [name.strip() for name in names.split(",") if name.strip()]
+    if not listed:
+        raise DataError(f"--methods is {names!r}; expected names from {', '.join(METHODS)}, separated by commas")
+    for name in listed:
+        one_of(name, tuple(METHODS), "--methods")
+    return {name: METHODS[name]() for name in listed}
+
+
+def shots(text: str) -> tuple[int | None, ...]:
+    """Numbers of choices from `0,1,2,5,10,20,all`; `None` is all of a user's support."""
+    out: list[int | None] = []
+    for part in (part.strip() for part in text.split(",")):
+        if part != "all" and not part.isdecimal():
+            raise DataError(f"--shots has {part!r}; expected whole numbers and 'all', separated by commas: 0,1,2,5,10,20,all")
+        number = None if part == "all" else int(part)
+        if number not in out:
+            out.append(number)
+    return tuple(out)
+
+
+def one_of(value: str, allowed: Sequence[Name], option: str) -> Name:
+    """`value`, if it is allowed."""
+    for name in allowed:
+        if name == value:
+            return name
+    raise DataError(f"{option} is {value!r}; expected one of {', '.join(allowed)}")
+
+
+def note(message: str) -> None:
+    """A line for the person at the terminal, on standard error."""
+    Console(stderr=True, highlight=False, soft_wrap=True).print(escape(message))
+
+
+def say(message: str) -> None:
+    """A line of the result, on standard output, as it is."""
+    sys.stdout.write(message + "\n")
+
+
+def show(table: Table) -> None:
+    """A table of the result, on standard output; as wide as it needs where nobody's terminal limits it."""
+    console = Console(highlight=False)
+    Console(highlight=False, width=None if console.is_terminal else 120).print(table)
+
+
+def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> Table:
+    """A table with the first column as names and the others as figures. Cells are text, never markup."""
+    out = Table(title=escape(title) if title else None, title_justify="left", title_style="bold")
+    for i, column in enumerate(columns):
+        out.add_column(escape(column), justify="left" if i == 0 else "right", overflow="fold")
+    for row in rows:
+        out.add_row(*(escape(str(cell)) for cell in row))
+    return out
+
+
+@contextmanager
+def progress(what: str) -> Iterator[Callable[[int, int, str], None]]:
+    """A bar on standard error while something runs; the value reports `(done, total, what)`. Nothing is drawn off a terminal."""
+    # Rich alone would draw for FORCE_COLOR too, which CI sets, and fill a log with bars.
+    drawn = sys.stderr.isatty()
+    parts = (SpinnerColumn(), TextColumn("{task.description}", markup=False), BarColumn(), TimeElapsedColumn())
+    with Progress(*parts, console=Console(stderr=True), transient=True, disable=not drawn) as bar:
+        task = bar.add_task(what, total=None)
+
+        def advance(done: int, total: int, now: str) -> None:
+            bar.update(task, completed=done, total=total, description=now)
+
+        yield advance
+
+
+@contextmanager
+def errors_as_one_line(*, debug: bool) -> Iterator[None]:
+    """What went wrong on purpose, or with a file, as one line and exit code 2; with `debug` the traceback instead."""
+    try:
+        yield
+    except (PalateError, OSError) as error:
+        if debug:
+            raise
+        fail(str(error) if isinstance(error, PalateError) else _os_message(error))
+
+
+def _os_message(error: OSError) -> str:
+    return f"{error.filename}: {error.strerror}" if error.filename is not None and error.strerror else str(error)
+
+
+def fail(message: str) -> NoReturn:
+    """Say it on standard error and leave with exit code 2."""
+    note(f"palate: {message}")
+    raise SystemExit(2)
+
+
+def read_choices(rows: Path) -> "tuple[PairSet, ValidationReport]":
+    """The good choices of a file; says how many rows were set aside, which must not cost the others."""
+    from palate.data.readers import load_valid_pairs
+
+    with progress(f"Reading {rows}"):
+        pairs, report = load_valid_pairs(rows)
+    if not report.ok:
+        note(f"{report.n_bad} of {report.rows} rows are bad and were left out; palate validate names them")
+    return pairs, report
+
+
+def read_candidates(path: Path) -> list[str]:
+    """Responses, one JSON string a line (they have line breaks), from a file or, for `-`, from standard input."""
+    named = "standard input" if str(path) == "-" else str(path)
+    data = sys.stdin.buffer.read() if str(path) == "-" else path.read_bytes()
+    try:
+        lines = data.decode("utf-8-sig").split("\n")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{named} is not UTF-8 (byte {error.start}); expected one JSON string a line, in UTF-8") from error
+    out = []
+    for i, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            value = json.loads(line)
+        except json.JSONDecodeError:
+            value = None
+        if not isinstance(value, str):
+            raise DataError(f'{named}, line {i}: {line[:60]!r} is no JSON string; expected one a line, such as "Try the soup."')
+        if any("\ud800" <= character <= "\udfff" for character in value):
+            raise DataError(f"{named}, line {i}: half a character (a lone surrogate), which no text can hold; remove it")
+        out.append(value)
+    if not out:
+        raise DataError(f"{named} has no candidates; expected one JSON string a line")
+    return out
+
+
+def save_encoder(encoder: "Encoder", folder: Path) -> None:
+    """Beside a model, what makes the same features again. Written whole or not at all."""
+    partial = folder / f"{ENCODER_FILE}.partial"
+    partial.write_text(json.dumps(encoder.state()), encoding="utf-8")
+    partial.replace(folder / ENCODER_FILE)
+
+
+def saved_encoder(folder: Path) -> "Encoder":
+    """The encoder of a model's folder, with the fingerprint that it had."""
+    from palate.encoders import restore_encoder
+
+    path = folder / ENCODER_FILE
+    if not path.exists():
+        raise ModelFileError(f"{folder} has no {ENCODER_FILE}; expected a folder written by `palate fit`")
+    try:
+        state = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ModelFileError(f"{path} is no JSON ({error}); expected what `palate fit` wrote; fit the model again") from error
+    return restore_encoder(state)
+
+
+def show_evaluation(evaluation: "Evaluation") -> None:
+    """The table of a comparison: one row a method, as the report has it."""
+    from palate.report import main_table
+
+    rows = main_table(evaluation)
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    show(table("", columns, [[row.get(name, "") for name in columns] for row in rows]))
+    for failure in dict.fromkeys((failure.method, failure.message) for failure in evaluation.failures):
+        note("{} failed: {}".format(*failure))
