@@ -23,14 +23,16 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from examples.from_scratch import few_shot as one_user_at_a_time
 from torch import Tensor
 
-from palate.adaptation import adapt, pad, pair_design
+from palate.adaptation import Profiles, adapt, pad, pair_design
 from palate.data.embeddings import Embeddings, OneHot
 from palate.data.pairs import EmbeddedPairs
 from palate.models.base import RewardModel
@@ -74,7 +76,7 @@ def lore(bases: Tensor) -> LoRe:
 
 
 def choices(bases: Tensor, n_users: int, n_pairs: int, *, n_texts: int | None = None, seed: int = 0) -> EmbeddedPairs:
-    """Choices of users who mix the bases (D, K), over texts of unit variance: two of its own for every pair, or `n_texts` shared."""
+    """Choices of users who mix the bases (D, K), over texts of unit variance: two for every pair, or `n_texts` shared by all."""
     generator = torch.Generator().manual_seed(seed)
     d, k = bases.shape
     p = n_users * n_pairs
@@ -94,13 +96,19 @@ def choices(bases: Tensor, n_users: int, n_pairs: int, *, n_texts: int | None = 
 
 
 def orthonormal(d: int, k: int, seed: int = 1) -> Tensor:
-    return torch.linalg.qr(torch.randn(d, k, generator=torch.Generator().manual_seed(seed)))[0]
+    frame: Tensor = torch.linalg.qr(torch.randn(d, k, generator=torch.Generator().manual_seed(seed)))[0]
+    return frame
 
 
 def projected(data: EmbeddedPairs, bases: Tensor) -> EmbeddedPairs:
     """The same choices over texts of which only the K base rewards are left: what adapting costs without reading embeddings."""
     table = data.embeddings.project(bases)
     return EmbeddedPairs(table, data.chosen, data.rejected, data.users)
+
+
+def adapt_fresh(model: RewardModel, data: EmbeddedPairs, *, covariance: bool = True) -> Profiles:
+    """`adapt` on choices that remember nothing of the last run (their order by user, their differences)."""
+    return adapt(model, data[:], covariance=covariance)
 
 
 def few_shot() -> Result:
@@ -112,41 +120,22 @@ def few_shot() -> Result:
     out: Result = {"users": users, "pairs": n, "weights": k, "features": d, "start_mb": start}
     for name, make in (("hierarchical", hierarchical), ("lore", lore)):
         full, alone = make(bases), make(torch.eye(k))
-        out[f"{name}_solve_s"] = median(lambda alone=alone: adapt(alone, small[:]), 9)
-        out[f"{name}_with_projection_s"] = median(lambda full=full: adapt(full, data[:]), 5)
-    # The same 9 x 4096 differences are projected once a user in the loop, which is the fastest honest way to write it.
-    difference = data.differences().rows(torch.arange(LOOPED * n)).view(LOOPED, n, d)
-    few = difference @ bases
-    loop = one_user_at_a_time()
-    began = time.perf_counter()
-    for u in range(LOOPED):
-        loop(few[u])
-    solve = (time.perf_counter() - began) * users / LOOPED
-    began = time.perf_counter()
-    for u in range(LOOPED):
-        _ = difference[u] @ bases
-    out |= {"loop_users_timed": LOOPED, "loop_solve_s": solve}
-    out["loop_with_projection_s"] = solve + (time.perf_counter() - began) * users / LOOPED
+        out[f"{name}_solve_s"] = median(partial(adapt_fresh, alone, small), 9)
+        out[f"{name}_with_projection_s"] = median(partial(adapt_fresh, full, data), 5)
+    person = torch.arange(LOOPED).repeat_interleave(n)
+    z, logits = (
+        data.differences().rows(torch.arange(LOOPED * n)),
+        torch.randn(LOOPED, k, generator=torch.Generator().manual_seed(0)),
+    )
+    out["loop_users_timed"] = LOOPED
+    for part, difference, directions in (("solve", z @ bases, torch.eye(k)), ("with_projection", z, bases)):
+        began = time.perf_counter()
+        one_user_at_a_time(difference, person, directions, logits)
+        out[f"loop_{part}_s"] = (time.perf_counter() - began) * users / LOOPED
     for name in ("hierarchical", "lore"):
         for part in ("solve", "with_projection"):
             out[f"{name}_{part}_factor"] = out[f"loop_{part}_s"] / out[f"{name}_{part}_s"]
     return out
-
-
-def one_user_at_a_time() -> Callable[[Tensor], Tensor]:
-    """500 Adam steps at .1 on the K logits of one user, (n, K) differences of base rewards: LoRe's few-shot routine."""
-
-    def loop(z: Tensor) -> Tensor:
-        logits = torch.nn.Parameter(torch.randn(z.shape[1], generator=torch.Generator().manual_seed(0)))
-        optimiser = torch.optim.Adam([logits], lr=0.1)
-        for _ in range(500):
-            optimiser.zero_grad()
-            loss = -torch.nn.functional.logsigmoid(z @ logits.softmax(0)).mean()
-            loss.backward()
-            optimiser.step()
-        return logits.detach().softmax(0)
-
-    return loop
 
 
 def fitting() -> Result:
@@ -181,7 +170,11 @@ def _fit_result(data: EmbeddedPairs, sizes: Result, runs: int) -> Result:
             _again(data.embeddings), data.chosen, data.rejected, data.users
         )  # nothing remembered from the last run
         began = time.perf_counter()
-        model = fit(fresh, progress=lambda share, what, marks=marks: marks.append((what, time.perf_counter())))
+
+        def mark(share: float, what: str, marks: list[tuple[str, float]] = marks) -> None:
+            marks.append((what, time.perf_counter()))
+
+        model = fit(fresh, progress=mark)
         ended = time.perf_counter()
         seconds.append(ended - began)
         spent: dict[str, float] = {}
@@ -204,14 +197,14 @@ def _again(table: Embeddings) -> Embeddings:
 
 
 def many() -> Result:
-    """`adapt` of 100,000 users: over shared texts with a table to read, and from base rewards alone."""
+    """`adapt` of 100,000 users over 20,000 texts that they share, the pass over the table included."""
     users, n, k, d, texts = 100_000, 10, 8, 1024, 20_000
     bases = orthonormal(d, k)
     data = choices(bases, users, n, n_texts=texts)
     model, start = hierarchical(bases), resident_mb()
     out: Result = {"users": users, "pairs": n, "weights": k, "features": d, "texts": texts, "start_mb": start}
-    out["adapt_s"] = median(lambda: adapt(model, data[:]))
-    out["adapt_without_covariance_s"] = median(lambda: adapt(model, data[:], covariance=False))
+    out["adapt_s"] = median(partial(adapt_fresh, model, data))
+    out["adapt_without_covariance_s"] = median(partial(adapt_fresh, model, data, covariance=False))
     out["stages_s"] = _stages(model, data[:])
     out["converged"] = float(adapt(model, data).converged.double().mean())
     return out

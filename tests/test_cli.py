@@ -326,6 +326,35 @@ def test_fit_adapt_rank(method: str, palate_command: Run, tmp_path: Path) -> Non
     assert palate_command("rank", model, "--prompt", prompt, stdin=given)[0] == 0
 
 
+def test_fit_and_adapt_keep_the_good_rows(palate_command: Run, tmp_path: Path) -> None:
+    rows, model, profiles = tmp_path / "rows.jsonl", tmp_path / "model", tmp_path / "profiles"
+    palate_command("data", "synthetic", rows, "--users", 12, "--choices", 6)
+    with rows.open("a") as file:
+        file.write(json.dumps(BAD) + "\n")
+    code, _, err = palate_command("fit", rows, "--method", "bt", "--out", model)
+    assert code == 0, err
+    assert "1 of 73 rows are bad and were left out" in err
+    code, _, err = palate_command("adapt", model, rows, "--out", profiles)
+    assert code == 0, err
+    assert "1 of 73 rows are bad and were left out" in err
+    assert "12 profiles from 72 choices" in err
+
+
+def test_compare_of_votes_needs_no_options(palate_command: Run, tmp_path: Path) -> None:
+    votes = [(f"p{i}", [1 if (i + j) % 4 < 2 else -1 for j in range(24)]) for i in range(12)]
+    (tmp_path / "comments.csv").write_text("comment-id,comment-body\n" + "".join(f"{j},Statement {j}.\n" for j in range(24)))
+    lines = ["participant," + ",".join(map(str, range(24))), *(f"{user}," + ",".join(map(str, row)) for user, row in votes)]
+    (tmp_path / "participants-votes.csv").write_text("\n".join(lines) + "\n")
+    options = ["--methods", "bt", "--encoder", "items", "--seeds", 1, "--shots", "0,all"]
+    code, out, err = palate_command("compare", tmp_path, "--out", tmp_path / "report", *options)
+    assert code == 0, err
+    assert "choices are split by item" in err
+    assert "report.html" in out
+    results = [json.loads(line) for line in (tmp_path / "report" / "results.jsonl").read_text().splitlines()]
+    assert {row["data_set"] for row in results} == {tmp_path.name}
+    assert max(row["n_support"] for row in results) <= 40
+
+
 @pytest.mark.slow
 def test_compare_writes_a_report_and_counts_bad_rows(palate_command: Run, tmp_path: Path) -> None:
     rows, out = tmp_path / "rows.jsonl", tmp_path / "report"
@@ -340,6 +369,7 @@ def test_compare_writes_a_report_and_counts_bad_rows(palate_command: Run, tmp_pa
     assert {path.name for path in out.iterdir()} >= {"report.html", "report.md", "results.jsonl"}
     results = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
     assert {row["method"] for row in results} == {"bt", "hierarchical"}
+    assert "identical" in (out / "report.md").read_text()  # why the bad row was left out
     assert {row["seed"] for row in results} == {0, 1}
 
 

@@ -18,6 +18,7 @@ from palate.data.embeddings import OneHot
 from palate.data.pairs import Choice, Message, PairSet, Text
 from palate.encoders import Encoder, Items, JoinedEncoder, MiniLM, Style, load_encoder, offline, restore_encoder
 from palate.encoders import minilm as minilm_module
+from palate.encoders.base import usual_unit
 from palate.errors import DataError, MismatchError, MissingExtraError, ModelFileError
 
 needs_minilm = pytest.mark.skipif(
@@ -130,6 +131,31 @@ def test_a_state_that_cannot_be_restored() -> None:
         restore_encoder({"encoder": "items", "version": 1, "catalogue": ["a", "a"]})
     with pytest.raises(MismatchError, match="saved encoder 'style' differs"):
         restore_encoder(Style().state() | {"version": 0})
+
+
+def judged(user: str, prompt: str, pairs: str, conversation: str | None = None) -> list[Choice]:
+    """Choices such as "ab cb": a over b, c over b, all under one prompt."""
+    return [Choice(user, prompt, a, b, conversation_id=conversation) for a, b in pairs.split()]
+
+
+def test_the_usual_unit_is_the_widest_of_which_users_have_several() -> None:
+    votes = PairSet.from_choices([*judged("ann", "", "ax ay bx by cx cy"), *judged("bob", "", "xa xb ya yb za zb")])
+    assert usual_unit(votes) == "item"
+    assert usual_unit(PairSet.from_choices([*judged("ann", "", "ax by cz"), *judged("bob", "", "xb ya")])) == "pair"
+    prompts = [*judged("ann", "p", "ax ay"), *judged("ann", "q", "ax"), *judged("bob", "p", "xa"), *judged("bob", "q", "xa")]
+    assert usual_unit(PairSet.from_choices([*prompts, *judged("cyd", "p", "ax ay bx by")])) == "prompt"
+    talks = [choice._replace(conversation_id=f"{choice.user_id}{i // 2}") for i, choice in enumerate(prompts)]
+    assert usual_unit(PairSet.from_choices(talks)) == "conversation"
+    assert usual_unit(PairSet.from_choices([choice._replace(conversation_id="one") for choice in prompts])) == "prompt"
+    assert usual_unit(PairSet.from_choices(judged("ann", "p", "ab"))) == "prompt"  # nobody has two choices
+
+
+def test_one_prompt_for_everybody_is_not_one_unit() -> None:
+    votes = PairSet.from_choices([*judged("ann", "", "ax ay bx"), *judged("bob", "", "xa zb"), *judged("cyd", "", "zb", "c1")])
+    unit = Items().embed(votes).unit.tolist()
+    assert len(set(unit[:3])) == 3
+    assert unit[0] == unit[3]  # a over x and x over a are the same pair
+    assert unit[4] != unit[5]  # the same pair, but one has a conversation
 
 
 def test_embed_encodes_each_text_in_use_once(pairs: PairSet, style: Style) -> None:

@@ -44,11 +44,11 @@ def test_gaussian_keeps_its_covariance_and_mean() -> None:
     assert Prior.gaussian(covariance).mean.tolist() == [0.0, 0.0]
 
 
-@pytest.mark.parametrize("kappa", [0.03, 1.0, 7.0])
-def test_scaled_multiplies_every_variance_and_keeps_the_mean(kappa: float) -> None:
+@pytest.mark.parametrize(("kappa", "mean"), [(0.25, 0.5), (1.0, 1.0), (7.0, 1.0)])
+def test_scaled_multiplies_every_variance_and_draws_the_mean_in(kappa: float, mean: float) -> None:
     prior = some_prior()
     torch.testing.assert_close(prior.scaled(kappa).covariance, kappa * prior.covariance)
-    torch.testing.assert_close(prior.scaled(kappa).mean, prior.mean)
+    torch.testing.assert_close(prior.scaled(kappa).mean, mean * prior.mean)
 
 
 @pytest.mark.parametrize("rows", [2, 4])

@@ -168,23 +168,35 @@ def test_newton_converges_for_any_slopes_and_offsets(counts: list[int], k: int, 
     batch = batch._replace(offset=batch.offset * away)
     mode, value, converged = newton(batch)
     assert bool(converged.all())
-    pull = (
-        torch.bmm(batch.slopes.mT, (likelihood.gradient(batch.margins(mode), batch.tie) * batch.weight)[..., None])[..., 0] + mode
-    )
-    scale = 1 + size * batch.weight.sum(1, keepdim=True)
-    assert float((pull.abs() / scale).max()) < 1e-3
     torch.testing.assert_close(value, batch.loss(mode) + mode.square().sum(1) / 2)
-    assert bool((value <= batch.loss(torch.zeros_like(mode)) + 1e-9).all())
+    # No point nearby is better by more than the tolerance allows, whatever the scale.
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(5):
+        other = mode + torch.randn(mode.shape, generator=generator, dtype=mode.dtype) * 10 ** (
+            4 * torch.rand(1, generator=generator) - 3
+        )
+        assert bool((value <= batch.loss(other) + other.square().sum(1) / 2 + 1e-9 * value.abs()).all())
+    if size <= 30:  # the Hessian is at least the identity, so a gradient this small is a distance this small
+        slope = likelihood.gradient(batch.margins(mode), batch.tie) * batch.weight
+        pull = torch.bmm(batch.slopes.mT, slope[..., None])[..., 0] + mode
+        assert float(pull.norm(dim=1).max()) < 1e-4
 
 
 @settings(max_examples=30)
-@given(st.sampled_from([1e-3, 1.0, 30.0, 1e3, 1e5]), st.sampled_from([0.0, 1.0, 1e2, 1e4]), st.integers(0, 1000))
+@given(st.sampled_from([1e-3, 1.0, 30.0, 1e3]), st.sampled_from([0.0, 1.0, 1e2, 1e4]), st.integers(0, 1000))
 def test_newton_converges_in_single_precision(size: float, away: float, seed: int) -> None:
-    batch = some_batch([3, 0, 6], 4, seed=seed, size=size, dtype=torch.float32)
+    batch = some_batch([3, 0, 6, 1], 4, seed=seed, size=size, dtype=torch.float32)
     mode, value, converged = newton(batch._replace(offset=batch.offset * away))
     assert bool(converged.all())
     assert bool(torch.isfinite(mode).all())
     assert bool(torch.isfinite(value).all())
+
+
+def test_newton_survives_slopes_at_which_the_identity_drowns_in_rounding() -> None:
+    for seed in range(5):
+        mode, value, _ = newton(some_batch([3, 0, 6, 1], 4, seed=seed, size=1e5, dtype=torch.float32))
+        assert bool(torch.isfinite(mode).all())
+        assert bool(torch.isfinite(value).all())
 
 
 @settings(max_examples=25)

@@ -61,10 +61,11 @@ def batches(counts: Tensor, width: int, numbers: int = 2**24) -> Iterator[Tensor
 
 
 def newton(batch: Batch, *, max_steps: int = 50, tolerance: float = 1e-5, start: Tensor | None = None) -> tuple[Tensor, ...]:
-    """MAP of u_i ~ N(0, I) under each user's pairs, by Newton's method with step halving.
+    """MAP of u_i ~ N(0, I) under each user's pairs, by Newton's method; a step that overshoots goes to the bottom of its line.
 
     Minimises sum_j weight_ij nll(margin_ij) + |u|^2 / 2. The objective is strictly convex with Hessian I + A^T A, A =
-    sqrt(curvature) slopes, so the step is always defined, halving always ends, and the Cholesky factorisation cannot fail. With
+    sqrt(curvature) slopes, so the step is always defined and leads down. Where pairs are saturated the curvature says nothing of
+    how far: halving the step needs hundreds of rounds at slopes of a thousand, the line's own minimum about fifteen. With
     fewer pairs than weights the step is taken in the n pairs instead of the K weights (Woodbury). Users leave the batch as they
     converge.
 
@@ -82,21 +83,18 @@ def newton(batch: Batch, *, max_steps: int = 50, tolerance: float = 1e-5, start:
     current = _objective(part, margin, point)
     noise = 64 * torch.finfo(mode.dtype).eps  # rounding of a sum must not read as an increase
     for _ in range(max_steps):
-        slope = likelihood.gradient(margin, part.tie) * part.weight
-        pull = torch.bmm(part.slopes.mT, slope[..., None])[..., 0] + point
-        step = -_solve(part, margin, pull)
-        length = torch.ones_like(current)
-        for _ in range(12):
-            trial = point + length[:, None] * step
-            margin = part.margins(trial)
-            objective = _objective(part, margin, trial)
-            worse = objective > current + noise * current.abs()
-            if not bool(worse.any()):
-                break
-            length = torch.where(worse, length / 2, length)
-        point, current = trial, objective
-        # A step that has to be halved beyond use at the bottom of a convex bowl is made of rounding.
-        done = (step.abs() * length[:, None] <= tolerance).all(1)
+        step = -_solve(part, margin, _pull(part, margin) + point)
+        trial = point + step
+        ahead = part.margins(trial)
+        objective = _objective(part, ahead, trial)
+        worse = objective > current + noise * current.abs()
+        if bool(worse.any()):
+            step = torch.where(worse, _length(part, margin, point, step), torch.ones_like(current))[:, None] * step
+            trial = point + step
+            ahead = part.margins(trial)
+            objective = _objective(part, ahead, trial)
+        point, current, margin = trial, objective, ahead
+        done = (step.abs() <= tolerance).all(1)
         where = slice(None) if active is None else active
         mode[where], value[where], converged[where] = point, current, done
         if bool(done.all()):
@@ -106,6 +104,19 @@ def newton(batch: Batch, *, max_steps: int = 50, tolerance: float = 1e-5, start:
             active = left if active is None else active[left]
             part, point, current, margin = part.at(left), point[left], current[left], margin[left]
     return mode, value, converged
+
+
+def _length(batch: Batch, margin: Tensor, point: Tensor, step: Tensor) -> Tensor:
+    """(U,) in (0, 1): where the objective stops falling along each step, by bisection of its slope. O(n) a user and halving."""
+    along = torch.bmm(batch.slopes, step[..., None])[..., 0]
+    start, steep = (point * step).sum(1), step.square().sum(1)
+    low, high = torch.zeros_like(start), torch.ones_like(start)
+    for _ in range(30):
+        middle = (low + high) / 2
+        pull = likelihood.gradient(margin + middle[:, None] * along, batch.tie) * batch.weight
+        falls = (pull * along).sum(1) + start + middle * steep < 0
+        low, high = torch.where(falls, middle, low), torch.where(falls, high, middle)
+    return (low + high) / 2
 
 
 def _objective(batch: Batch, margin: Tensor, point: Tensor) -> Tensor:
@@ -121,7 +132,9 @@ def _factor(root: Tensor) -> Tensor:
     """Cholesky factor of I + A A^T (n x n) or I + A^T A (K x K), whichever is smaller."""
     pairs, k = root.shape[1:]
     gram = root @ root.mT if pairs < k else root.mT @ root
-    gram.diagonal(dim1=1, dim2=2).add_(1)
+    diagonal = gram.diagonal(dim1=1, dim2=2)
+    # With huge slopes the 1 drowns in the rounding of the gram matrix; what is added then is of the size of that rounding.
+    diagonal.add_(1 + 4 * torch.finfo(gram.dtype).eps * diagonal.sum(1, keepdim=True))
     factor: Tensor = torch.linalg.cholesky(gram)
     return factor
 
@@ -209,53 +222,95 @@ def posterior(batch: Batch, prior: Prior, *, max_steps: int = 50, tolerance: flo
     return Solution(mean, spread, evidence.logsumexp(1), torch.stack(converged, dim=1).all(1))
 
 
-def simplex(batch: Batch, *, tolerance: float = 1e-7, max_steps: int = 80) -> Solution:
-    """Maximum likelihood weights on the probability simplex, by a barrier method: the exact answer to LoRe's few-shot problem.
+class _Interior(NamedTuple):
+    """Where a primal-dual method stands on the simplex, or a step of it."""
 
-    Minimises sum_j weight_ij nll(margin_ij) / sum_j weight_ij - t sum_k log w_k on sum_k w_k = 1 by Newton steps while t falls to
-    `tolerance` / K; the duality gap is K t. Where several weights fit equally well the barrier picks their analytic centre.
+    w: Tensor  # (U, K) weights, above 0
+    slack: Tensor  # (U, K) multipliers of w >= 0, above 0
+    level: Tensor  # (U, 1) multiplier of sum w = 1
+
+    def unrest(self, pull: Tensor) -> Tensor:
+        """(U, K) gradient of the Lagrangian, 0 at an optimum; `pull` is the gradient of the loss at `w`."""
+        return pull - self.slack + self.level
+
+    def residual(self, pull: Tensor, centre: Tensor) -> Tensor:
+        """(U,) length of the equations that define the point of the central path with w slack = centre."""
+        return torch.cat([self.unrest(pull), self.w * self.slack - centre], dim=1).square().sum(1).sqrt()
+
+    def room(self, step: "_Interior") -> Tensor:
+        """(U,) how much of a step, at most all of it, leaves everything above 0."""
+        value, change = torch.cat([self.w, self.slack], dim=1), torch.cat([step.w, step.slack], dim=1)
+        most: Tensor = torch.where(change < 0, -value / change, torch.inf).amin(1)
+        return (0.99 * most).clamp(max=1)
+
+    def moved(self, step: "_Interior", length: Tensor) -> "_Interior":
+        return _Interior(*(value + length[:, None] * change for value, change in zip(self, step, strict=True)))
+
+
+def simplex(batch: Batch, *, tolerance: float = 1e-7, max_steps: int = 80) -> Solution:
+    """Maximum likelihood weights on the probability simplex: the exact answer to LoRe's few-shot problem.
+
+    Minimises sum_j weight_ij nll(margin_ij) / sum_j weight_ij over w >= 0, sum_k w_k = 1, by a primal-dual interior-point method
+    (Boyd and Vandenberghe 2004, algorithm 11.2) that follows the central path w_k slack_k = centre down to `tolerance` / K: the
+    duality gap is `tolerance`. Where several weights fit equally well it ends at their analytic centre.
     The optimum often lies on the boundary, where a Gaussian approximation means nothing: the covariance is None.
-    Cost: O(U n K^2 + U K^3) a step, about 40 steps, in float64.
+    Cost: O(U n K^2 + U K^3) a step, about 15 steps, in float64. Users leave the batch as they converge.
     """
-    slopes, offset = batch.slopes.double(), batch.offset.double()
     share = batch.weight.double()
     share = share / share.sum(1, keepdim=True).clamp(min=1e-12)
-    exact = Batch(slopes, offset, share, batch.tie)
-    users, _, k = slopes.shape
-    w = slopes.new_full((users, k), 1 / k)
+    part = Batch(batch.slopes.double(), batch.offset.double(), share, batch.tie)
+    users, _, k = part.slopes.shape
+    best, floor = part.slopes.new_full((users, k), 1 / k), tolerance / k
+    converged = torch.ones(users, dtype=torch.bool, device=best.device)
     if k == 1:
-        return Solution(w.to(batch.slopes), None, None, torch.ones(users, dtype=torch.bool, device=w.device))
-    barrier = torch.full((users,), 0.1, dtype=torch.float64, device=w.device)
-    floor = tolerance / k
-    decrement = torch.full_like(barrier, torch.inf)
+        return Solution(best.to(batch.slopes), None, None, converged)
+    active = torch.arange(users, device=best.device)
+    point = _Interior(best.clone(), torch.full_like(best, 0.1 * k), best.new_zeros(users, 1))
+    margin = part.margins(point.w)
+    pull = _pull(part, margin)
     for _ in range(max_steps):
-        margin = exact.margins(w)
-        slope = likelihood.gradient(margin, batch.tie) * share
-        curve = likelihood.curvature(margin) * share
-        pull = torch.bmm(slopes.mT, slope[..., None])[..., 0] - barrier[:, None] / w
-        hessian = slopes.mT @ (slopes * curve[..., None]) + torch.diag_embed(barrier[:, None] / w.square())
-        right = torch.stack([pull, torch.ones_like(pull)], dim=2)
-        solved = torch.linalg.solve(hessian, right)
-        multiplier = solved[..., 0].sum(1) / solved[..., 1].sum(1)
-        step = -(solved[..., 0] - multiplier[:, None] * solved[..., 1])
-        decrement = -(pull * step).sum(1)
-        shrink = torch.where(step < 0, -w / step, torch.inf).amin(1)
-        length = torch.minimum(torch.ones_like(shrink), 0.95 * shrink)
-        before = exact.loss(w) - barrier * w.log().sum(1)
+        centre = ((point.w * point.slack).mean(1, keepdim=True) * 0.1).clamp(min=floor)
+        step, before = _towards(part, margin, pull, point, centre), point.residual(pull, centre)
+        length = point.room(step)
         for _ in range(40):
-            trial = w + length[:, None] * step
-            after = exact.loss(trial) - barrier * trial.log().sum(1)
-            worse = after > before + 1e-12 * before.abs()
+            trial = point.moved(step, length)
+            margin = part.margins(trial.w)
+            pull = _pull(part, margin)
+            # Rounding must not read as an increase.
+            worse = trial.residual(pull, centre) > (1 - 0.01 * length) * before + 1e-14
             if not bool(worse.any()):
                 break
             length = torch.where(worse, length / 2, length)
-        w = trial / trial.sum(1, keepdim=True)
-        centred = decrement <= barrier * 0.1
-        if bool((centred & (barrier <= floor)).all()):
+        point = trial
+        centred = ((point.w * point.slack - floor).abs() <= 0.01 * floor).all(1)
+        done = centred & (point.unrest(pull).abs() <= 0.1 * floor).all(1)
+        best[active], converged[active] = point.w, done
+        if bool(done.all()):
             break
-        barrier = torch.where(centred, (barrier * 0.1).clamp(min=floor), barrier)
-    converged = (barrier <= floor) & (decrement <= floor)
-    return Solution(w.to(batch.slopes), None, None, converged)
+        if float(done.float().mean()) > 0.25:  # as in `newton`
+            left = torch.nonzero(~done)[:, 0]
+            active, part, margin, pull = active[left], part.at(left), margin[left], pull[left]
+            point = _Interior(*(value[left] for value in point))
+    return Solution(best.to(batch.slopes), None, None, converged)
+
+
+def _pull(batch: Batch, margin: Tensor) -> Tensor:
+    """(U, K) gradient of the weighted loss."""
+    slope = likelihood.gradient(margin, batch.tie) * batch.weight
+    return torch.bmm(batch.slopes.mT, slope[..., None])[..., 0]
+
+
+def _towards(batch: Batch, margin: Tensor, pull: Tensor, point: _Interior, centre: Tensor) -> _Interior:
+    """Newton's step to the point of the central path with w slack = centre."""
+    root = _root(batch, margin)
+    hessian = root.mT @ root
+    hessian.diagonal(dim1=1, dim2=2).add_(point.slack / point.w)
+    # With the level inside, its change is small near the end and what is subtracted below does not cancel.
+    downhill = pull + point.level - centre / point.w
+    solved = torch.cholesky_solve(torch.stack([downhill, torch.ones_like(downhill)], dim=2), torch.linalg.cholesky(hessian))
+    rise = solved[..., 0].sum(1, keepdim=True) / solved[..., 1].sum(1, keepdim=True)
+    w: Tensor = rise * solved[..., 1] - solved[..., 0]
+    return _Interior(w, centre / point.w - point.slack - point.slack / point.w * w, -rise)
 
 
 def adam_on_logits(

@@ -6,6 +6,7 @@ side all give these three, so a catalogue of a million items is a million number
 stored in half precision are converted in blocks; the whole table is never copied.
 """
 
+import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 
@@ -204,7 +205,7 @@ class Joined(Embeddings):
         if len(self.gains) != len(self.blocks):
             raise DataError(f"{len(self.gains)} gains for {len(self.blocks)} tables; expected one each")
         widths = np.cumsum([0] + [block.shape[1] for block in blocks])
-        self.slices = [slice(int(a), int(b)) for a, b in zip(widths[:-1], widths[1:], strict=True)]
+        self.slices = [slice(int(a), int(b)) for a, b in itertools.pairwise(widths)]
         self.shape, self.device, self.dtype = (lengths[0], int(widths[-1])), blocks[0].device, blocks[0].dtype
 
     def rows(self, index: Tensor) -> Tensor:

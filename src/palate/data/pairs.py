@@ -112,7 +112,7 @@ class PairSet:
 
     @classmethod
     def from_choices(cls, choices: Iterable[Choice]) -> "PairSet":
-        """Index checked rows. O(P) time, O(distinct text) memory beyond the rows' numbers. Raises `DataError` for identical sides."""
+        """Index checked rows in O(P), with every distinct text once. Raises `DataError` for identical sides."""
         texts: dict[Text, int] = {}
         rows: list[tuple[Any, ...]] = []
         for i, choice in enumerate(choices):
@@ -244,7 +244,9 @@ class EmbeddedPairs:
     ):
         table = as_embeddings(embeddings)
         if not table.finite():
-            raise DataError("the embeddings hold NaN or infinite numbers; expected finite ones (a failed encoder is not a feature)")
+            raise DataError(
+                "the embeddings hold NaN or infinite numbers; expected finite ones (a failed encoder is not a feature)"
+            )
         chosen = _indices(chosen, len(table), "chosen", table.device)
         rejected = _indices(rejected, len(table), "rejected", table.device)
         n = len(chosen)
@@ -257,7 +259,9 @@ class EmbeddedPairs:
         ties = torch.as_tensor(_column(tie, n, "tie", np.bool_, False), device=table.device)
         weights = torch.as_tensor(_column(weight, n, "weight", np.float32, 1.0), device=table.device)
         if not bool((torch.isfinite(weights) & (weights > 0)).all()):
-            raise DataError(f"weight has minimum {float(weights.min())}; expected finite numbers above 0 (leave a pair out instead)")
+            raise DataError(
+                f"weight has minimum {float(weights.min())}; expected finite numbers above 0 (leave a pair out instead)"
+            )
         if unit is None:
             units = torch.arange(n, device=table.device)
         else:
@@ -269,7 +273,18 @@ class EmbeddedPairs:
         rows = None if prompts is None else _indices(prompts, len(table), "prompts", table.device)
         if rows is not None and len(rows) != n:
             raise DataError(f"{len(rows)} prompt rows for {n} pairs; expected one per pair")
-        self._set(table, chosen, rejected, user_ids, torch.as_tensor(user_index, device=table.device), ties, weights, units, rows, encoder)
+        self._set(
+            table,
+            chosen,
+            rejected,
+            user_ids,
+            torch.as_tensor(user_index, device=table.device),
+            ties,
+            weights,
+            units,
+            rows,
+            encoder,
+        )
 
     def _set(self, *values: Any) -> None:
         names = ("embeddings", "chosen", "rejected", "user_ids", "user_index", "tie", "weight", "unit", "prompts", "encoder")
@@ -333,7 +348,7 @@ class EmbeddedPairs:
         return differences
 
     def fingerprint(self) -> str:
-        """SHA-256 over users, indices, ties, weights and a projection of the table, for the record of what a model was fitted on."""
+        """SHA-256 over users, indices, ties, weights and a projection of the table: the record of what a model saw."""
         digest = hashlib.sha256("\x00".join(self.user_ids).encode("utf-8", "surrogatepass"))
         for column in (self.chosen, self.rejected, self.user_index, self.tie, self.weight):
             digest.update(column.cpu().numpy().tobytes())

@@ -110,7 +110,9 @@ def ridge_columns(
     def objective(flat: "np.ndarray[Any, Any]") -> tuple[float, "np.ndarray[Any, Any]"]:
         mu = torch.from_numpy(flat.reshape(shape)).to(weights)
         margin = design.project(mu)
-        loss = (likelihood.nll(margin, tied) * share).sum(dtype=torch.float64) + (mu.square() * ridges).sum(dtype=torch.float64) / 2
+        loss = (likelihood.nll(margin, tied) * share).sum(dtype=torch.float64) + (mu.square() * ridges).sum(
+            dtype=torch.float64
+        ) / 2
         gradient = design.back(likelihood.gradient(margin, tied) * share) + mu * ridges
         return float(loss), gradient.double().cpu().numpy().ravel()
 
@@ -123,8 +125,8 @@ def ridge_columns(
 def user_folds(n_users: int, seed: int, *, enough: int = 100, most: int = 5) -> Tensor:
     """(U,) the fold in which each user is held out, -1 for never.
 
-    Folds are fifths of the users. As many are used as give `enough` validated users: one where there are many, up to five where there
-    are few. Fewer than ten users cannot be divided honestly: nobody is held out.
+    Folds are fifths of the users. As many are used as give `enough` validated users: one where there are many, up to five
+    where there are few. Fewer than ten users cannot be divided honestly: nobody is held out.
     """
     fold = torch.full((n_users,), -1, dtype=torch.int64)
     if n_users < 10:
@@ -161,17 +163,16 @@ class CrowdFit:
     @property
     def chosen_losses(self) -> Tensor:
         """(U,) losses at the chosen ridge."""
-        return self.losses[int(np.nanargmin(self.curve)) if len(self.losses) > 1 and not np.isnan(self.curve).all() else 0]
+        known = len(self.losses) > 1 and not np.isnan(self.curve).all()
+        return self.losses[int(np.nanargmin(self.curve)) if known else 0]
 
 
 def fit_crowd(
     data: EmbeddedPairs, design: Design, fold: Tensor, *, ridges: Sequence[float] = RIDGES, max_iter: int = 200
 ) -> CrowdFit:
     """Choose the ridge on held-out users (minimum mean log loss, users weighing the same) and fit the direction on everybody."""
-    folds = int(fold.max()) + 1
     if len(ridges) > 1:  # a rough path to choose the ridge, then the chosen one to precision
-        rough = fit_columns(data, design, fold, ridges, max_iter=60)
-        return sharpened(data, design, fold, rough)
+        return sharpened(data, design, fold, fit_columns(data, design, fold, ridges, everybody=False))
     return fit_columns(data, design, fold, ridges, max_iter=max_iter)
 
 
@@ -186,23 +187,29 @@ def sharpened(data: EmbeddedPairs, design: Design, fold: Tensor, found: CrowdFit
     return CrowdFit(mu[:, folds], mu[:, :folds], found.ridge * factor, found.losses)
 
 
-def fit_columns(data: EmbeddedPairs, design: Design, fold: Tensor, ridges: Sequence[float], *, max_iter: int) -> CrowdFit:
+def fit_columns(
+    data: EmbeddedPairs, design: Design, fold: Tensor, ridges: Sequence[float], *, max_iter: int = 60, everybody: bool = True
+) -> CrowdFit:
+    """One direction per ridge and fold, and the ridge with the lowest mean log loss on the held-out users, users weighing
+    the same.
+
+    Without `everybody` the direction of all users is not fitted but is the mean of the folds': a start for `sharpened`.
+    """
     folds = int(fold.max()) + 1
-    grid = torch.tensor(list(ridges) * (folds + 1), device=data.weight.device)
-    keep = torch.stack([fold != f for f in range(folds)] + [torch.ones_like(fold, dtype=torch.bool)], dim=1)  # (U, folds + 1)
-    rows = keep.to(data.weight.device)[data.user_index].to(data.weight) * data.weight[:, None]  # (P, folds + 1)
-    weights = rows.repeat_interleave(len(ridges), dim=1)
-    mu = ridge_columns(design, data.tie, weights, grid, max_iter=max_iter)
+    everybody = everybody or not folds
+    keep = [fold != f for f in range(folds)] + ([torch.ones_like(fold, dtype=torch.bool)] if everybody else [])
+    rows = torch.stack(keep, dim=1).to(data.weight.device)[data.user_index].to(data.weight) * data.weight[:, None]
+    grid = torch.tensor(list(ridges) * len(keep), device=data.weight.device)
+    mu = ridge_columns(design, data.tie, rows.repeat_interleave(len(ridges), dim=1), grid, max_iter=max_iter)
     margin = design.project(mu[:, : folds * len(ridges)])
     tied = data.tie[:, None] if bool(data.tie.any()) else None
     losses = user_means(likelihood.nll(margin, tied), data) if folds else margin.new_zeros(len(data.user_ids), 0)
     held = torch.full((len(ridges), len(data.user_ids)), torch.nan)
     for f in range(folds):
         held[:, fold == f] = losses[fold == f, f * len(ridges) : (f + 1) * len(ridges)].T.cpu()
-    curve = torch.nanmean(held, dim=1)
-    best = int(curve.nan_to_num(torch.inf).argmin()) if folds and not bool(torch.isnan(curve).any()) else len(ridges) // 2
-    picked = torch.arange(folds, device=mu.device) * len(ridges) + best
-    return CrowdFit(mu[:, folds * len(ridges) + best], mu[:, picked], float(ridges[best]), held)
+    best = int(torch.nanmean(held, dim=1).argmin()) if folds else len(ridges) // 2
+    by_fold = mu[:, torch.arange(folds, device=mu.device) * len(ridges) + best]
+    return CrowdFit(mu[:, folds * len(ridges) + best] if everybody else by_fold.mean(1), by_fold, float(ridges[best]), held)
 
 
 class Bend:
@@ -222,8 +229,9 @@ class Bend:
 
     def table(self, embeddings: Embeddings) -> Tensor:
         """(N, M)."""
-        return bent(embeddings, self.frequencies, self.phases) * self.gain
+        return bent(embeddings, self.frequencies, self.phases).mul_(self.gain)
 
 
 def bent(embeddings: Embeddings, frequencies: Tensor, phases: Tensor) -> Tensor:
-    return embeddings.project(frequencies).add_(phases).cos_()
+    """cos(e . omega + phase) of every row, (N, M)."""
+    return torch.cos(embeddings.project(frequencies).add_(phases))

@@ -62,6 +62,7 @@ class BradleyTerry(RewardModel):
         return features[:, 0], features[:, 1:]
 
     def fitted(self, data: EmbeddedPairs, *, seed: int, progress: Progress) -> tuple["BradleyTerry", None]:
+        progress(0.0, "Bradley-Terry")
         _, scale = crowd.standard_scale(data)
         fold = crowd.user_folds(len(data.user_ids), seed)
         ridges = crowd.RIDGES if self.ridge is None else (self.ridge,)
@@ -183,8 +184,9 @@ class _Table:
     def __init__(self, data: EmbeddedPairs, scale: Tensor, k: int, seed: int):
         self.scale, self.taken = scale, 0
         self.design, self.user, self.tie = crowd.Rescaled(data.differences(), scale), data.user_index, data.tie
-        total = data.weight.new_zeros(len(data.user_ids)).index_add_(0, data.user_index, data.weight)
-        self.share = (data.weight / total[data.user_index]).to(scale)  # each user's pairs weigh one together
+        weight = data.weight.to(scale)
+        total = weight.new_zeros(len(data.user_ids)).index_add_(0, data.user_index, weight)
+        self.share = weight / total[data.user_index]  # each user's pairs weigh one together
         generator = torch.Generator().manual_seed(seed)
         self.bases = torch.randn(len(scale), k, generator=generator).to(scale)
         self.logits = torch.stack([normal_for(user, seed, k) for user in data.user_ids]).to(scale)

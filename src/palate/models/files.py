@@ -92,27 +92,22 @@ def read(folder: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         ModelFileError: which file is missing, corrupt, foreign, newer, or holds numbers that the class cannot have.
     """
     folder = Path(folder)
-    config = _config(folder)
-    version = config.get("format_version")
-    if not isinstance(version, int) or version < 1:
-        raise ModelFileError(f"{folder / CONFIG} has format_version {version!r}; expected a number from 1 to {VERSION}")
-    if version > VERSION:
+    for _ in range(3):  # a writer may replace both files between the look at the one and at the other
+        config = _header(folder)
+        numbers = _numbers(folder, config["sha256"])
+        if numbers is not None:
+            break
+    else:
         raise ModelFileError(
-            f"{folder / CONFIG} has format_version {version}, written by a newer palate; this one reads up to {VERSION}: "
-            "upgrade palate"
+            f"{folder / NUMBERS} is not the file that {CONFIG} was written for (another SHA-256): it is cut off, changed, or "
+            "another model's; copy the folder again, or save the model again"
         )
-    name = config.get("class")
-    if name not in KINDS:
-        raise ModelFileError(f"{folder / CONFIG} holds a {name!r}; expected one of {', '.join(KINDS)}")
-    wrong = [key for key in ("options", "record") if not isinstance(config.get(key), dict)]
-    wrong += [] if isinstance(config.get("sha256"), str) else ["sha256"]
-    wrong += [] if isinstance(config.get("encoder"), str | None) else ["encoder"]
-    if wrong:
-        raise ModelFileError(
-            f"{folder / CONFIG} has no usable {' and no usable '.join(wrong)}; it was changed by hand: save again"
-        )
-    tensors = _tensors(folder, config["sha256"])
-    _check(folder / NUMBERS, name, tensors)
+    try:
+        # A clone, because the reader's tensors begin anywhere in memory, and sums over odd addresses can differ in the last bit.
+        tensors = {key: tensor.clone() for key, tensor in load(numbers).items()}
+    except (SafetensorError, ValueError, KeyError) as error:
+        raise ModelFileError(f"{folder / NUMBERS} is no safetensors file ({error}); save the model again") from error
+    _check(folder / NUMBERS, config["class"], tensors)
     return config, tensors
 
 
@@ -131,30 +126,39 @@ def _config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def _tensors(folder: Path, sha256: str) -> dict[str, Tensor]:
-    found = 0
-    for name in (NUMBERS, NEXT, NUMBERS):  # the last once more, for a writer that renames between the two looks
+def _header(folder: Path) -> dict[str, Any]:
+    """A config of this version, of a class that we have, with everything that it must say."""
+    config, path = _config(folder), folder / CONFIG
+    version, name = config.get("format_version"), config.get("class")
+    if not isinstance(version, int) or version < 1:
+        raise ModelFileError(f"{path} has format_version {version!r}; expected a number from 1 to {VERSION}")
+    if version > VERSION:
+        raise ModelFileError(
+            f"{path} has format_version {version}, written by a newer palate; this one reads up to {VERSION}: upgrade palate"
+        )
+    if not isinstance(name, str) or name not in KINDS:
+        raise ModelFileError(f"{path} holds a {name!r}; expected one of {', '.join(KINDS)}")
+    types: dict[str, Any] = {"options": dict, "record": dict, "sha256": str, "encoder": str | None}
+    wrong = [key for key, kind in types.items() if not isinstance(config.get(key), kind)]
+    if wrong:
+        raise ModelFileError(f"{path} has no usable {' and no usable '.join(wrong)}; it was changed by hand: save again")
+    return config
+
+
+def _numbers(folder: Path, sha256: str) -> bytes | None:
+    """The bytes with this hash, wherever the writer has them; None where nothing has."""
+    found = False
+    for name in (NUMBERS, NEXT, NUMBERS):  # the first once more, for a writer that renames between the two looks
         try:
-            numbers = (folder / name).read_bytes()
+            content = (folder / name).read_bytes()
         except FileNotFoundError:
             continue
-        found += 1
-        if _sha256(numbers) == sha256:
-            break
-    else:
-        if not found:
-            raise ModelFileError(
-                f"{folder} has no {NUMBERS}, only a {CONFIG}; expected both, as model.save_pretrained writes them"
-            )
-        raise ModelFileError(
-            f"{folder / NUMBERS} is not the file that {CONFIG} was written for (another SHA-256): it is cut off, changed, or "
-            "another model's; copy the folder again, or save the model again"
-        )
-    try:
-        # A clone, because the reader's tensors begin anywhere in memory, and sums over odd addresses can differ in the last bit.
-        return {key: tensor.clone() for key, tensor in load(numbers).items()}
-    except (SafetensorError, ValueError, KeyError) as error:
-        raise ModelFileError(f"{folder / NUMBERS} is no safetensors file ({error}); save the model again") from error
+        found = True
+        if _sha256(content) == sha256:
+            return content
+    if not found:
+        raise ModelFileError(f"{folder} has no {NUMBERS}, only a {CONFIG}; expected both, as model.save_pretrained writes them")
+    return None
 
 
 def _check(path: Path, name: str, tensors: Mapping[str, Tensor]) -> None:

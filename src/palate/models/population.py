@@ -23,7 +23,7 @@ from palate.solvers import Batch, Laplace, newton, whitened
 
 
 class Expectation:
-    """The E-step over all users: responsibilities and the sums that the M-step needs. Keeps the modes to start the next one from."""
+    """The E-step over all users: the sums that the M-step needs. Keeps the modes to start the next one from."""
 
     def __init__(self, parts: Sequence[Batch]):
         self.parts = list(parts)
@@ -63,8 +63,8 @@ class Expectation:
 def gaussian_rounds(parts: Sequence[Batch], prior: Prior, rounds: int) -> Iterator[Prior]:
     """The prior N(m, S) after each round, S <- mean_i ((w_i - m)(w_i - m)^T + C_i).
 
-    The mean stays where it is: re-estimated freely it over-fits (Polis-ssis unseen .884 against .888). Stopping early keeps S near its
-    wide start in the directions of which the data say little; how many rounds is chosen on held-out users.
+    The mean stays where it is: re-estimated freely it over-fits (Polis-ssis unseen .884 against .888). Stopping early keeps
+    S near its wide start in the directions of which the data say little; how many rounds is chosen on held-out users.
     """
     expect, mean = Expectation(parts), prior.means[0]
     for _ in range(rounds):
@@ -74,13 +74,20 @@ def gaussian_rounds(parts: Sequence[Batch], prior: Prior, rounds: int) -> Iterat
         yield prior
 
 
+def after(parts: Sequence[Batch], prior: Prior, rounds: int) -> Prior:
+    """The prior after so many rounds of `gaussian_rounds`; itself after none."""
+    for learned in gaussian_rounds(parts, prior, rounds):
+        prior = learned
+    return prior
+
+
 def mixture(
     parts: Sequence[Batch], prior: Prior, components: int, *, rounds: int = 10, strength: float = 5.0, seed: int = 0
 ) -> Prior:
     """A mixture of Gaussians with means of their own: types of people (one component: a Gaussian whose mean is free).
 
-    Starts from k-means of the users' modes under `prior`, in its own metric. Each covariance is shrunk towards the pooled one with
-    the weight of `strength` users, so a small type cannot collapse onto its members.
+    Starts from k-means of the users' modes under `prior`, in its own metric. Each covariance is shrunk towards the pooled
+    one with the weight of `strength` users, so a small type cannot collapse onto its members.
     """
     expect = Expectation(parts)
     expect.step(prior, max_steps=20)
@@ -128,10 +135,10 @@ def refine(
 ) -> Refined:
     """Refine bases (D, K) by the likelihood itself, every user's weights being re-solved at each step (variable projection).
 
-    Minimises over the shift and V, by L-BFGS, sum_i min_u (sum_j nll(margin_ij) + |u_i|^2 / 2) / P + ridge / 2 (|mu + shift|^2 + |V|^2),
-    with mu the crowd's `direction` (D,): a crowd that is too sure of itself gives way to the people in it.
-    By the envelope theorem the gradient is the partial one at the users' modes. Over factors of any sufficient rank the penalty is
-    sqrt(ridge / P) times the nuclear norm of the matrix of users' rewards (Srebro, Rennie and Jaakkola 2005), so the
+    Minimises over the shift and V, by L-BFGS, sum_i min_u (sum_j nll(margin_ij) + |u_i|^2 / 2) / P + ridge / 2 (|mu +
+    shift|^2 + |V|^2), with mu the crowd's `direction` (D,): a crowd that is too sure of itself gives way to the people in it.
+    By the envelope theorem the gradient is the partial one at the users' modes. Over factors of any sufficient rank the
+    penalty is sqrt(ridge / P) times the nuclear norm of the matrix of users' rewards (Srebro, Rennie and Jaakkola 2005), so the
     rank needs no choice of its own. Starts from the bases and the Gaussian prior that EM found.
     """
     rows = torch.nonzero(learn.to(data.user_index.device)[data.user_index])[:, 0]
@@ -189,7 +196,7 @@ def _solid(covariance: Tensor) -> Tensor:
 
 
 def compress(slopes: Tensor, prior: Prior, *, most: int | None = None, discard: float = 0.005) -> tuple[Tensor, Prior]:
-    """Coordinates in which the slopes of the training pairs (P, K) have unit second moment and the prior is diagonal, largest first.
+    """Coordinates in which the slopes of the pairs (P, K) have unit second moment and the prior is diagonal, largest first.
 
     The `most` largest are kept; without a number, all but those that together hold less than `discard` of the prior variance.
 

@@ -46,7 +46,7 @@ CROWD = Candidate(0, rank=0, kappa=0.0)  # nobody differs
 
 @dataclass(frozen=True)
 class View:
-    """What a set of learning users sees: bases found without anybody else, every pair's slopes in them, and their pairs in batches."""
+    """What a set of learning users sees: bases found without anybody else, and every pair's slopes in them."""
 
     bases: Tensor  # (D, K) on the scaled features
     slopes: Tensor  # (P, K), all pairs
@@ -67,7 +67,15 @@ class Selection:
     """Estimates and compares candidates; `select` chooses one, `describe` fits it on everybody."""
 
     def __init__(
-        self, data: EmbeddedPairs, design: crowd.Rescaled, fold: Tensor, crowds: Crowds, *, n_bases: int, prior_variance: float, seed: int
+        self,
+        data: EmbeddedPairs,
+        design: crowd.Rescaled,
+        fold: Tensor,
+        crowds: Crowds,
+        *,
+        n_bases: int,
+        prior_variance: float,
+        seed: int,
     ):
         self.data, self.design, self.fold, self.crowds = data, design, fold, crowds
         self.n_bases, self.prior_variance, self.seed = n_bases, prior_variance, seed
@@ -95,16 +103,16 @@ class Selection:
             self._note(CROWD, f, View(self.data.weight[:0, None], self.data.weight[:, None], self.crowds.offsets[:, f], []), None)
 
     def select(self, kappas: Sequence[float], types: Sequence[int], progress: Callable[[float], None]) -> Candidate:
-        """The smallest kappa within one standard error of the best is taken, zero included: what cannot be told from no gain is no
-        gain. A refinement, and types, have to be better than what is simpler by more than one standard error."""
+        """The smallest kappa within one standard error of the best is taken, zero included: what cannot be told from no gain
+        is no gain. A refinement, and types, have to be better than what is simpler by more than one standard error."""
         self.crowd_alone()
         for f in range(self.folds):
             progress(0.4 * f / self.folds)
             view = self.view(self.fold != f, f)
             for shrunk in (False, True):
-                prior = self.start(view, f, shrunk)
-                rounds = population.gaussian_rounds(view.learn, prior, ROUNDS[-1])
-                for number, prior in enumerate(itertools.chain([prior], rounds)):
+                first = self.start(view, f, shrunk)
+                learned = population.gaussian_rounds(view.learn, first, ROUNDS[-1])
+                for number, prior in enumerate(itertools.chain([first], learned)):
                     if number in ROUNDS:
                         self.known[f, Candidate(number, shrunk)] = view, prior
         wide = [Candidate(number, shrunk, kappa=kappa) for shrunk in (False, True) for number in ROUNDS for kappa in WIDTHS]
@@ -116,19 +124,22 @@ class Selection:
         best = self._try(narrow, start, lambda share: progress(0.5 + 0.05 * share))
         refined = [start._replace(kappa=1.0, refined=ridge, fitted=fitted) for ridge in REFINEMENTS for fitted in (False, True)]
         # A refinement is dear: the first fold says which one, and whether it is worth the others.
-        first = self._try(refined, best, lambda share: progress(0.5 + 0.1 * share), folds=1, among=0)
-        if first != best:
-            self._try([first], best, lambda share: progress(0.6 + 0.1 * share))
-            loss, error = self.worse(first, best)
-            best = first if -loss > error else best
+        promising = self._try(refined, best, lambda share: progress(0.5 + 0.1 * share), folds=1, among=0)
+        if promising != best:
+            self._try([promising], best, lambda share: progress(0.6 + 0.1 * share))
+            loss, error = self.worse(promising, best)
+            best = promising if -loss > error else best
         scaled = [best._replace(kappa=kappa) for kappa in kappas]
         self._try(scaled, best, lambda share: progress(0.7 + 0.1 * share))
         lowest = min([CROWD, *scaled], key=self.mean)
         mixed = [lowest._replace(types=number) for number in types] if lowest != CROWD else []
         best = self._try(mixed, lowest, lambda share: progress(0.8 + 0.2 * share))
         if best.types and -self.worse(best, lowest)[0] > self.worse(best, lowest)[1]:
-            return best
-        return next(key for key in [CROWD, *scaled] if key == lowest or self.worse(key, lowest)[0] <= self.worse(key, lowest)[1])
+            lowest, scaled = best, [best]
+        loss, error = self.worse(CROWD, lowest)
+        if loss <= 2 * error:
+            return CROWD
+        return next(key for key in scaled if key == lowest or self.worse(key, lowest)[0] <= self.worse(key, lowest)[1])
 
     def _try(
         self,
@@ -139,7 +150,7 @@ class Selection:
         folds: int | None = None,
         among: int | None = None,
     ) -> Candidate:
-        """Note the loss of each candidate on the first `folds` folds; return the best one, `beside` included (in fold `among`)."""
+        """Note the loss of each candidate on the first `folds` folds; return the best one, `beside` included."""
         for f in range(self.folds if folds is None else folds):
             progress(f / self.folds)
             for key in keys:
@@ -166,9 +177,7 @@ class Selection:
             return view, prior.scaled(key.kappa)
         if key.fitted:
             view, prior = simpler(key._replace(fitted=False))
-            for prior in population.gaussian_rounds(view.learn, prior, 5):
-                pass
-            return view, prior
+            return view, population.after(view.learn, prior, 5)
         if key.refined:
             return self._refined(*simpler(key._replace(refined=0.0, rank=None)), learn, key.refined, fold)
         return self.narrowed(*simpler(key._replace(rank=None)), key.rank)
@@ -180,10 +189,7 @@ class Selection:
         def estimate(wanted: Candidate) -> tuple[View, Prior]:
             if wanted == Candidate(wanted.rounds, wanted.shrunk):
                 view = self.view(everybody, -1)
-                prior = self.start(view, -1, wanted.shrunk)
-                for prior in population.gaussian_rounds(view.learn, prior, wanted.rounds):
-                    pass
-                return view, prior
+                return view, population.after(view.learn, self.start(view, -1, wanted.shrunk), wanted.rounds)
             return self._step(wanted, everybody, -1, estimate)
 
         return self.narrowed(*estimate(key), None)
@@ -191,7 +197,7 @@ class Selection:
     # -- estimating
 
     def view(self, learn: Tensor, fold: int) -> View:
-        """The wide basis of the learning users: up to `n_bases` directions, scaled so that their margins have unit variance in all."""
+        """The wide basis of the learning users: up to `n_bases` directions, their margins of unit variance in all."""
         offset = self.crowds.offsets[:, fold]
         bases = self._bases(learn, offset, fold)
         slopes = self.design.project(bases)
@@ -204,7 +210,9 @@ class Selection:
         spread = torch.eye(k, dtype=view.slopes.dtype, device=view.slopes.device) * self.prior_variance
         if not shrunk:
             return Prior.gaussian(spread)
-        return Prior.gaussian(spread, view.bases.T @ self.crowds.shifts[:, fold] / view.bases.square().sum(0))  # orthogonal columns
+        return Prior.gaussian(
+            spread, view.bases.T @ self.crowds.shifts[:, fold] / view.bases.square().sum(0)
+        )  # orthogonal columns
 
     def narrowed(self, view: View, prior: Prior, rank: int | None, rounds: int = 5) -> tuple[View, Prior]:
         """The `rank` directions that hold most of the prior variance of the margins, and a few rounds of EM among them alone.
@@ -214,14 +222,9 @@ class Selection:
         turn, prior = population.compress(view.slopes, prior, most=rank)
         learn = [batch._replace(slopes=batch.slopes @ turn) for batch in view.learn]
         view = View(view.bases @ turn, view.slopes @ turn, view.offset, learn)
-        if rank is not None:
-            for prior in population.gaussian_rounds(view.learn, prior, rounds):
-                pass
-        return view, prior
+        return view, prior if rank is None else population.after(view.learn, prior, rounds)
 
-    def _refined(
-        self, view: View, prior: Prior, learn: Tensor, ridge: float, fold: int, most: int = 32
-    ) -> tuple[View, Prior]:
+    def _refined(self, view: View, prior: Prior, learn: Tensor, ridge: float, fold: int, most: int = 32) -> tuple[View, Prior]:
         turn, prior = population.compress(view.slopes, prior, most=most)
         direction = self.crowds.directions[:, fold]
         found = population.refine(self.data, self.design, view.offset, learn, view.bases @ turn, prior, direction, ridge=ridge)
@@ -231,8 +234,9 @@ class Selection:
     def _bases(self, learn: Tensor, offset: Tensor, fold: int) -> Tensor:
         """(D, K) orthonormal directions: the crowd's own, with both ridges, and those in which users' choices pull away from it.
 
-        The pull of user i is the gradient of their log-likelihood at the crowd's reward, g_i = sum_j sigma(-m_ij) z_ij, centred over
-        users; its leading right singular vectors are the directions of disagreement. With no more columns than bases, all of them.
+        The pull of user i is the gradient of their log-likelihood at the crowd's reward, g_i = sum_j sigma(-m_ij) z_ij,
+        centred over users; its leading right singular vectors are the directions of disagreement. With no more columns than
+        bases, all of them.
         """
         scale = self.design.scale
         live = torch.nonzero(scale)[:, 0]
@@ -248,7 +252,8 @@ class Selection:
         kept = max(0, min(self.n_bases - 2, int((size > 1e-6 * size[0].clamp(min=1e-30)).sum())))
         right = pulls.T @ (left[:, :kept] / size[:kept].sqrt()).to(pulls)
         own = torch.stack([self.crowds.directions[:, fold], self.crowds.shifts[:, fold]], dim=1)
-        return torch.linalg.qr(torch.cat([own, right], dim=1))[0]
+        orthonormal: Tensor = torch.linalg.qr(torch.cat([own, right], dim=1))[0]
+        return orthonormal
 
     def _pulls(self, slope: Tensor, learn: Tensor, most: int = 2048) -> Tensor:
         """(U', D) the pull of each learning user; of at most `most` users, evenly spaced, which bounds memory and time."""
@@ -256,7 +261,7 @@ class Selection:
         if len(users) > most:
             users = users[torch.linspace(0, len(users) - 1, most, device=users.device).round().long()]
         grouped, scale, out = self.data.grouped(), self.design.scale, []
-        for part in users.split(max(1, 2**24 // max(1, len(scale) * int(grouped.counts.max())))):
+        for part in torch.split(users, max(1, 2**24 // max(1, len(scale) * int(grouped.counts.max())))):
             index, real = self._places(part)
             rows = index[real]
             owner = torch.repeat_interleave(torch.arange(len(part), device=rows.device), grouped.counts[part])
@@ -290,11 +295,11 @@ class Selection:
         values[self.fold == fold] = self._loss(view, fold, prior)
 
     def _loss(self, view: View, fold: int, prior: Prior | None) -> Tensor:
-        """(held-out users of the fold,) smoothed error on their query pairs, averaged over pairs and shots; NaN for a user without query.
+        """(held-out users of the fold,) smoothed error on their query pairs, over all shots; NaN for a user without query.
 
-        The mean of sigma(-margin / s), s a third of the fold's median margin: the share of choices told wrongly, with a soft edge.
-        What is compared is how well candidates tell choices apart. A log loss would prefer a timid prior to a right one wherever
-        people are consistent, because a single confident mistake outweighs many right answers.
+        The mean of sigma(-margin / s), s a third of the fold's median margin: the share of choices told wrongly, with a soft
+        edge. What is compared is how well candidates tell choices apart. A log loss would prefer a timid prior to a right
+        one wherever people are consistent, because a single confident mistake outweighs many right answers.
         """
         held = torch.nonzero(self.fold == fold)[:, 0].to(view.slopes.device)
         out = torch.zeros(len(held), device=view.slopes.device)

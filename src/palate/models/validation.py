@@ -1,4 +1,4 @@
-"""Held-out users as a new user would be: adapt from a few of their choices, score the others. Used by `fit` alone, on seen users."""
+"""Held-out seen users treated as new ones: adapt from a few of their choices, score the others. For `fit` alone."""
 
 import hashlib
 
@@ -12,10 +12,11 @@ from palate.data.pairs import EmbeddedPairs
 def halves(data: EmbeddedPairs, seed: int) -> tuple[Tensor, Tensor]:
     """(P,) masks of support and query, half of each user's choices each, that share nothing within a user.
 
-    Where a user's units (conversations, prompts ...) hold texts of their own, whole units go to one side. Where the same texts come
-    back in many of a user's choices (a fixed catalogue, votes), the user's texts are halved instead, those only ever chosen and
-    those only ever rejected apart, and a choice between texts of different halves is on neither side: a model that merely remembers
-    which texts somebody chose must not look as if it knew their taste. A user without query cannot be validated.
+    Where a user's units (conversations, prompts ...) hold texts of their own, whole units go to one side. Where the same
+    texts come back in many of a user's choices (a fixed catalogue, votes), the user's texts are halved instead, those only
+    ever chosen and those only ever rejected apart, and a choice between texts of different halves is on neither side: a
+    model that merely remembers which texts somebody chose must not look as if it knew their taste. A user without query
+    cannot be validated.
     """
     user = data.user_index.repeat(2)
     text = torch.cat([data.chosen, data.rejected])
@@ -50,7 +51,7 @@ def _first_half(group: Tensor, seed: int, *, up: bool) -> Tensor:
 
 
 def position(data: EmbeddedPairs, mask: Tensor, seed: int) -> Tensor:
-    """(P,) place of each pair in a random order of its user's pairs within `mask`, from 0; pairs outside get a number past any shot."""
+    """(P,) place of each pair, from 0, in a random order of its user's pairs within `mask`; past any shot outside it."""
     noise = torch.rand(len(data), generator=_generator(seed, "position"), dtype=torch.float64).to(mask.device)
     inside = torch.nonzero(mask)[:, 0]
     order = inside[torch.argsort(data.user_index[inside].double() + noise[inside] * 0.999)]

@@ -1,0 +1,480 @@
+"""The contract that every method signs, whatever it is inside; an exemption is listed with its reason.
+
+Small and asymmetric on purpose: users with different numbers of choices, ties and weights, more texts than choices need.
+"""
+
+import importlib
+import pkgutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from scipy.optimize import minimize
+from sklearn.linear_model import LogisticRegression
+
+import palate
+import palate.models
+from palate.adaptation import no_pairs
+from palate.data.embeddings import OneHot
+from palate.data.pairs import EmbeddedPairs
+from palate.errors import DataError, MismatchError, UnknownUserError
+from palate.models import crowd, files
+from palate.models.base import RewardModel
+
+METHODS: dict[str, Callable[[], RewardModel]] = {
+    "bt": lambda: palate.BradleyTerry(),
+    "lore": lambda: palate.LoRe(3, steps=40),
+    "lore-faithful": lambda: palate.LoRe.faithful(3),
+    "hierarchical": lambda: palate.Hierarchical(4, bend=6, types=(2,)),
+    "gaussian": lambda: palate.Hierarchical(4, bend=0, types=(), kappa=1.0),
+    "nobody differs": lambda: palate.Hierarchical(4, bend=0, kappa=0.0),
+}
+CLASSES = {"bt": "BradleyTerry", "lore": "LoRe", "lore-faithful": "LoRe"}  # the others are Hierarchical
+EVERY = pytest.mark.parametrize("name", METHODS)
+
+
+def arrays(n_users: int, seed: int = 0, dim: int = 5) -> dict[str, np.ndarray]:
+    """Users with 3 to 8 choices of a planted two-sided taste, shuffled, with weights and a few ties."""
+    rng = np.random.default_rng(seed)
+    counts = 3 + np.arange(n_users) % 6
+    users = np.repeat([f"u{u:02d}" for u in rng.permutation(n_users)], counts)
+    taste = {user: np.array([1.5, 0, 0, 0, 0]) + np.eye(5)[1] * (2 if int(user[1:]) % 2 else -2) for user in users}
+    table = rng.standard_normal((2 * len(users) + 7, dim)).astype(np.float32)
+    place = rng.permutation(len(table))
+    a, b = place[: len(users)], place[len(users) : 2 * len(users)]
+    margin = np.array([(table[i] - table[j]) @ taste[user] for i, j, user in zip(a, b, users, strict=True)])
+    first = rng.random(len(users)) < 1 / (1 + np.exp(-margin))
+    order = rng.permutation(len(users))
+    return {
+        "embeddings": table,
+        "chosen": np.where(first, a, b)[order],
+        "rejected": np.where(first, b, a)[order],
+        "users": users[order],
+        "tie": (rng.random(len(users)) < 0.1)[order],
+        "weight": rng.choice([0.5, 1.0, 2.0], len(users))[order],
+    }
+
+
+def pairs_of(columns: dict[str, np.ndarray], **changes: object) -> EmbeddedPairs:
+    a = {**columns, **changes}
+    return EmbeddedPairs(a["embeddings"], a["chosen"], a["rejected"], a["users"], tie=a["tie"], weight=a["weight"], encoder="enc")
+
+
+def taken(columns: dict[str, np.ndarray], rows: np.ndarray) -> EmbeddedPairs:
+    return pairs_of({key: column if key == "embeddings" else column[rows] for key, column in columns.items()})
+
+
+COLUMNS, OTHERS = arrays(24), arrays(9, seed=5)
+FITTED: dict[str, RewardModel] = {}
+
+
+def fitted(name: str) -> RewardModel:
+    if name not in FITTED:
+        FITTED[name] = palate.fit(pairs_of(COLUMNS), METHODS[name](), seed=3)
+    return FITTED[name]
+
+
+def everybody() -> EmbeddedPairs:
+    return pairs_of(OTHERS)
+
+
+# -- who is here
+
+
+def test_every_class_is_under_contract_and_can_be_saved() -> None:
+    for module in pkgutil.iter_modules(palate.models.__path__):
+        importlib.import_module(f"palate.models.{module.name}")
+    found: set[str] = set()
+    waiting = [RewardModel]
+    while waiting:
+        below = [kind for kind in waiting.pop().__subclasses__() if kind.__module__.startswith("palate.")]
+        waiting += below
+        found |= {kind.__name__ for kind in below}
+    assert len(found) == 3
+    assert found == files.KINDS.keys() == {type(make()).__name__ for make in METHODS.values()}
+    assert all(type(make()).__name__ == CLASSES.get(name, "Hierarchical") for name, make in METHODS.items())
+
+
+@EVERY
+def test_an_unfitted_model_says_so(name: str) -> None:
+    model = METHODS[name]()
+    assert not model.is_fitted
+    for attempt in (lambda: palate.adapt(model, everybody()), lambda: palate.margins(model, everybody())):
+        with pytest.raises(DataError, match=r"is not fitted; call palate\.fit\(data, model\) and use what it returns"):
+            attempt()
+
+
+@EVERY
+def test_options_make_the_same_model_and_survive_json(name: str) -> None:
+    import json
+
+    model = METHODS[name]()
+    again = type(model).from_options(json.loads(json.dumps(model.options())))
+    assert again.fingerprint() == model.fingerprint()
+    assert type(again.inference) is type(model.inference)
+    assert repr(model).startswith(type(model).__name__ + "(")
+
+
+# -- margins
+
+
+@EVERY
+def test_swapping_the_sides_negates_every_margin(name: str) -> None:
+    model, data = fitted(name), everybody()
+    profiles = palate.adapt(model, data)
+    for known in (None, profiles):
+        there, back = palate.margins(model, data, known), palate.margins(model, data.swapped(), known)
+        assert torch.equal(there, -back)
+        assert there.shape == (len(data),)
+
+
+@EVERY
+def test_margins_are_differences_of_scores(name: str) -> None:
+    model, data = fitted(name), everybody()
+    profiles = palate.adapt(model, data)
+    features = model.features(data.embeddings)
+    for user in data.user_ids[:3]:
+        score = model.score(features, profiles[user].mean)
+        mine = data.of_users([user])
+        torch.testing.assert_close(palate.margins(model, mine, profiles), score[mine.chosen] - score[mine.rejected])
+    torch.testing.assert_close(model(data.embeddings.rows(torch.arange(4))), model.score(features[:4], model.crowd_weights))
+
+
+@EVERY
+def test_the_order_of_choices_changes_nothing(name: str) -> None:
+    model = fitted(name)
+    order = np.random.default_rng(1).permutation(len(OTHERS["users"]))
+    data, shuffled = everybody(), taken(OTHERS, order)
+    ours, theirs = palate.adapt(model, data), palate.adapt(model, shuffled)
+    assert ours.user_ids == theirs.user_ids
+    torch.testing.assert_close(ours.mean, theirs.mean, atol=2e-5, rtol=1e-4)
+    torch.testing.assert_close(
+        palate.margins(model, data, ours)[order], palate.margins(model, shuffled, theirs), atol=1e-4, rtol=1e-4
+    )
+
+
+@EVERY
+def test_a_batch_is_the_loop_over_users_and_nobody_changes_another(name: str) -> None:
+    model, data = fitted(name), everybody()
+    together = palate.adapt(model, data)
+    for user in data.user_ids:
+        alone = palate.adapt(model, data.of_users([user]))
+        torch.testing.assert_close(alone[user].mean, together[user].mean, atol=2e-5, rtol=1e-4)
+        assert (alone[user].n_pairs, alone[user].converged) == (together[user].n_pairs, together[user].converged)
+        if (spread := together[user].covariance) is not None:
+            torch.testing.assert_close(alone[user].covariance, spread, atol=2e-5, rtol=1e-4)
+    few = palate.adapt(model, data.of_users(data.user_ids[2:7]))
+    torch.testing.assert_close(few.mean, together.mean[2:7], atol=2e-5, rtol=1e-4)
+
+
+@EVERY
+def test_another_name_gives_the_same_profile(name: str) -> None:
+    if name == "lore-faithful":
+        pytest.skip("the published start is random, and here it is drawn from the user's id")
+    renamed = np.array([f"person {99 - int(user[1:])}" for user in OTHERS["users"]])  # the other way round when sorted
+    ours, theirs = palate.adapt(fitted(name), everybody()), palate.adapt(fitted(name), pairs_of(OTHERS, users=renamed))
+    for user in ours:
+        torch.testing.assert_close(theirs[f"person {99 - int(user[1:])}"].mean, ours[user].mean, atol=2e-5, rtol=1e-4)
+
+
+@EVERY
+def test_somebody_of_whom_nothing_is_known_gets_the_crowds_reward(name: str) -> None:
+    model, data = fitted(name), everybody()
+    crowd_margins = palate.margins(model, data)
+    torch.testing.assert_close(palate.margins(model, data, no_pairs(model, data.user_ids)), crowd_margins)
+    known = palate.adapt(model, data.of_users(data.user_ids[:1]))
+    mixed = palate.margins(model, data, known)
+    strangers = data.user_index != 0
+    torch.testing.assert_close(mixed[strangers], crowd_margins[strangers], atol=1e-6, rtol=1e-5)
+    with pytest.raises(UnknownUserError, match=f"no profile for user '{data.user_ids[1]}' among 1"):
+        _ = known[data.user_ids[1]]
+
+
+@EVERY
+def test_a_covariance_is_one_and_shrinks_with_choices(name: str) -> None:
+    model, data = fitted(name), everybody()
+    profiles = palate.adapt(model, data)
+    if model.prior is None:
+        assert profiles.covariance is None or profiles.covariance.numel() == 0
+        return
+    assert profiles.covariance is not None
+    torch.testing.assert_close(profiles.covariance, profiles.covariance.mT, atol=1e-6, rtol=1e-4)
+    assert float(torch.linalg.eigvalsh(profiles.covariance).min()) > 0
+    if model.prior.n_components == 1:
+        assert float(torch.linalg.eigvalsh(model.prior.covariance - profiles.covariance).min()) > -1e-5
+
+
+# -- weights and ties
+
+
+@EVERY
+def test_a_choice_of_weight_two_is_a_choice_said_twice(name: str) -> None:
+    model, n = fitted(name), len(OTHERS["users"])
+    weight = np.ones(n)
+    weight[::3] = 2
+    twice = taken({**OTHERS, "weight": np.ones(n)}, np.concatenate([np.arange(n), np.arange(n)[::3]]))
+    ours, theirs = palate.adapt(model, pairs_of(OTHERS, weight=weight)), palate.adapt(model, twice)
+    torch.testing.assert_close(ours.mean, theirs.mean, atol=2e-5, rtol=1e-3)
+
+
+@EVERY
+def test_a_tie_is_half_a_choice_each_way(name: str) -> None:
+    model, n, rng = fitted(name), len(OTHERS["users"]), np.random.default_rng(2)
+    tie = rng.random(n) < 0.4
+    both = {
+        key: np.concatenate([OTHERS[key], OTHERS[other][tie]])
+        for key, other in (("chosen", "rejected"), ("rejected", "chosen"), ("users", "users"))
+    }
+    halves = {"weight": np.concatenate([np.where(tie, 0.5, 1.0), np.full(tie.sum(), 0.5)]), "tie": np.zeros(n + tie.sum(), bool)}
+    apart = pairs_of({**OTHERS, **both, **halves})
+    ours = palate.adapt(model, pairs_of(OTHERS, tie=tie, weight=np.ones(n)))
+    torch.testing.assert_close(ours.mean, palate.adapt(model, apart).mean, atol=2e-5, rtol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["bt", "lore", "gaussian"])
+def test_fit_does_not_see_the_order_of_choices(name: str) -> None:
+    """With too few users to hold any out. Elsewhere the held-out halves are drawn by position, so a choice may fall otherwise."""
+    order = np.random.default_rng(3).permutation(len(OTHERS["users"]))
+    ours, theirs = (palate.fit(data, METHODS[name]()) for data in (everybody(), taken(OTHERS, order)))
+    data = everybody()
+    for a, b in ((None, None), (palate.adapt(ours, data), palate.adapt(theirs, data))):
+        torch.testing.assert_close(palate.margins(ours, data, a), palate.margins(theirs, data, b), atol=2e-3, rtol=2e-3)
+
+
+@pytest.mark.parametrize("name", ["bt", "lore"])
+def test_fit_sees_ties_and_weights_as_adapt_does(name: str) -> None:
+    """Hierarchical is exempt: it scales its bases by the margins of the rows there are, whatever they weigh."""
+    n = len(OTHERS["users"])
+    rows = np.concatenate([np.arange(n), np.arange(n)[::3]])
+    weight = np.ones(n)
+    weight[::3] = 2
+    ours = palate.fit(pairs_of(OTHERS, weight=weight), METHODS[name]())
+    theirs = palate.fit(taken({**OTHERS, "weight": np.ones(n)}, rows), METHODS[name]())
+    torch.testing.assert_close(palate.margins(ours, everybody()), palate.margins(theirs, everybody()), atol=2e-3, rtol=2e-3)
+
+
+# -- what belongs together
+
+
+@EVERY
+def test_embeddings_of_another_encoder_or_width_are_refused(name: str) -> None:
+    model, data = fitted(name), everybody()
+    assert model.encoder == "enc"
+    other = EmbeddedPairs(data.embeddings, data.chosen, data.rejected, data.users, encoder="another one")
+    narrow = EmbeddedPairs(OTHERS["embeddings"][:, :4], data.chosen, data.rejected, data.users)
+    for attempt in (palate.adapt, palate.margins):
+        with pytest.raises(MismatchError, match="embeddings of encoder another one given to a model fitted on encoder enc"):
+            attempt(model, other)
+        with pytest.raises(DataError, match=r"embeddings have 4 columns; .* was fitted on 5"):
+            attempt(model, narrow)
+    with pytest.raises(DataError, match="embeddings have 2 columns"):
+        model(torch.ones(3, 2))
+
+
+@EVERY
+def test_profiles_of_another_model_are_refused(name: str) -> None:
+    data = everybody()
+    for other in METHODS.keys() - {name}:
+        with pytest.raises(MismatchError, match="weights mean nothing under another model: adapt again"):
+            palate.margins(fitted(name), data, palate.adapt(fitted(other), data))
+
+
+@EVERY
+def test_a_model_comes_back_from_its_folder(name: str, tmp_path: Path) -> None:
+    model, data = fitted(name), everybody()
+    model.save_pretrained(tmp_path)
+    again = palate.load_model(tmp_path)
+    assert again.fingerprint() == model.fingerprint()
+    assert torch.equal(
+        palate.margins(again, data, palate.adapt(again, data)), palate.margins(model, data, palate.adapt(model, data))
+    )
+
+
+# -- the same bits, and the same numbers in other types
+
+
+@EVERY
+def test_fit_leaves_its_argument_and_the_global_generator_alone(name: str) -> None:
+    model = METHODS[name]()
+    before = model.fingerprint()
+    torch.manual_seed(12345)
+    state = torch.get_rng_state()
+    again = palate.fit(pairs_of(COLUMNS), model, seed=3)
+    assert again.fingerprint() == fitted(name).fingerprint()
+    assert torch.equal(torch.get_rng_state(), state)
+    assert (model.fingerprint(), model.is_fitted) == (before, False)
+
+
+def fingerprints() -> dict[str, str]:
+    return {name: fitted(name).fingerprint() for name in METHODS}
+
+
+def test_the_same_bits_in_another_process_with_another_hash_seed() -> None:
+    code = f"""
+import importlib.util, torch
+torch.set_num_threads(1)
+spec = importlib.util.spec_from_file_location("again", {__file__!r})
+module = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(module)
+for name, fingerprint in module.fingerprints().items():
+    print(name, fingerprint, sep="=")
+"""
+    source = str(Path(palate.__file__).resolve().parents[1])
+    environment = {"PYTHONHASHSEED": "271828", "OMP_NUM_THREADS": "1", "PYTHONPATH": source, "PATH": ""}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=300, check=False)
+    assert done.stderr == ""
+    assert dict(line.split("=") for line in done.stdout.splitlines()) == fingerprints()
+
+
+@EVERY
+def test_half_precision_on_disk_gives_the_same_as_single_in_memory(name: str, tmp_path: Path) -> None:
+    half = OTHERS["embeddings"].astype(np.float16)
+    np.save(tmp_path / "e.npy", half)
+    mapped = np.load(tmp_path / "e.npy", mmap_mode="r")
+    reference, on_disk = pairs_of(OTHERS, embeddings=half.astype(np.float32)), pairs_of(OTHERS, embeddings=mapped)
+    a, b = (palate.fit(data, METHODS[name]()) for data in (reference, on_disk))
+    ours, theirs = palate.adapt(a, reference), palate.adapt(b, on_disk)
+    atol = 0.05 if name == "lore-faithful" else 1e-4  # its 1,000 steps at .5 multiply the last bit (see test_from_scratch)
+    torch.testing.assert_close(palate.margins(a, reference, ours), palate.margins(b, on_disk, theirs), atol=atol, rtol=1e-3)
+
+
+@EVERY
+def test_double_precision_gives_the_same_as_single(name: str) -> None:
+    if name == "lore-faithful":
+        pytest.skip("its 1,000 steps at .5 turn the last bit into the first digit (see test_from_scratch)")
+    wide = pairs_of(COLUMNS, embeddings=COLUMNS["embeddings"].astype(np.float64))
+    ours, theirs = (palate.margins(palate.fit(data, METHODS[name]()), data) for data in (pairs_of(COLUMNS), wide))
+    torch.testing.assert_close(ours, theirs.float(), atol=5e-3, rtol=5e-3)
+
+
+def nothing_learned() -> dict[str, RewardModel]:
+    zeros = torch.zeros
+    return {
+        "BradleyTerry": palate.BradleyTerry().like({"direction": zeros(5)}),
+        "LoRe": palate.LoRe(2).like({"bases": zeros(5, 2), "mean_weights": torch.full((2,), 0.5)}),
+        "Hierarchical": palate.Hierarchical().like({"direction": zeros(5), "bases": zeros(5, 0)}),
+    }
+
+
+@pytest.mark.parametrize("name", files.KINDS)
+def test_a_model_that_predicts_nothing_has_half(name: str) -> None:
+    model, data = nothing_learned()[name], everybody()
+    assert not palate.margins(model, data).any()
+    found = palate.evaluate(model, data, data)
+    assert {row["accuracy"] for row in found.rows()} == {0.5}
+    assert all(row["log_loss"] == pytest.approx(np.log(2)) for row in found.rows())
+
+
+# -- against other programs
+
+
+def differences(data: EmbeddedPairs) -> np.ndarray:
+    return (data.embeddings.rows(data.chosen) - data.embeddings.rows(data.rejected)).double().numpy()
+
+
+def test_bradley_terry_against_sklearn() -> None:
+    """mean nll(z.mu) + ridge/2 |mu|^2 on scaled z is logistic regression without intercept at C = 1 / (ridge P)."""
+    data, ridge = taken({**COLUMNS, "tie": np.zeros(len(COLUMNS["users"]), bool)}, np.arange(len(COLUMNS["users"]))), 0.02
+    scale = crowd.standard_scale(data)[1].double().numpy()
+    z = differences(data) * scale
+    weight = data.weight.numpy() / data.weight.numpy().sum() * len(z)
+    both = np.concatenate([z, -z])  # each choice from both sides, at half its weight
+    labels, doubled = np.repeat([1, 0], len(z)), np.concatenate([weight, weight]) / 2
+    oracle = LogisticRegression(C=1 / (ridge * len(z)), fit_intercept=False, tol=1e-10, max_iter=1000)
+    expected = scale * oracle.fit(both, labels, sample_weight=doubled).coef_[0]
+    model = palate.fit(data, palate.BradleyTerry(ridge=ridge))
+    np.testing.assert_allclose(model.state_dict()["direction"], expected, atol=2e-4 * np.abs(expected).max())
+
+
+def test_bradley_terry_on_items_is_the_ranking_by_strength() -> None:
+    """One-hot items: the strengths maximise the penalised likelihood, found again by scipy from counts of wins."""
+    rng = np.random.default_rng(0)
+    wins = rng.integers(1, 9, (4, 4)) * (1 - np.eye(4, dtype=int))
+    chosen, rejected = (np.repeat(index.ravel(), wins.ravel()) for index in np.indices((4, 4)))
+    data = EmbeddedPairs(OneHot(4), chosen, rejected, ["everybody"] * len(chosen))
+    ridge = 1e-4
+    strength = palate.fit(data, palate.BradleyTerry(ridge=ridge)).state_dict()["direction"].numpy()
+
+    def objective(s: np.ndarray) -> float:
+        gap = s[:, None] - s[None, :]
+        return float((wins * np.logaddexp(0, -gap)).sum() / wins.sum() + ridge / 2 * s @ s)
+
+    expected = minimize(objective, np.zeros(4), method="BFGS", options={"gtol": 1e-9}).x
+    np.testing.assert_allclose(strength - strength.mean(), expected - expected.mean(), atol=2e-3)
+
+
+def ridge_direction(z: np.ndarray, tie: np.ndarray, share: np.ndarray, ridge: float) -> np.ndarray:
+    """One direction by BFGS on the penalised likelihood, written again in numpy."""
+
+    def objective(mu: np.ndarray) -> float:
+        margin = z @ mu
+        return float(share @ (np.logaddexp(0, -margin) + np.where(tie, margin / 2, 0)) + ridge / 2 * mu @ mu)
+
+    return np.asarray(minimize(objective, np.zeros(z.shape[1]), method="BFGS", options={"gtol": 1e-8}).x)
+
+
+def test_columns_fitted_together_are_the_columns_fitted_apart() -> None:
+    data, rng = pairs_of(COLUMNS), torch.Generator().manual_seed(0)
+    design = crowd.Rescaled(data.differences(), crowd.standard_scale(data)[1])
+    weights = torch.rand(len(data), 3, generator=rng) * torch.tensor([1.0, 0.1, 20.0])
+    weights[:20, 1] = 0
+    ridges = torch.tensor([1e-3, 1e-2, 0.1])
+    together = crowd.ridge_columns(design, data.tie, weights, ridges)
+    for c in range(3):
+        apart = crowd.ridge_columns(design, data.tie, weights[:, c : c + 1], ridges[c : c + 1])
+        torch.testing.assert_close(together[:, c : c + 1], apart, atol=5e-3, rtol=5e-3)
+        share = (weights[:, c] / weights[:, c].sum()).double().numpy()
+        expected = ridge_direction(differences(data) * design.scale.double().numpy(), data.tie.numpy(), share, float(ridges[c]))
+        np.testing.assert_allclose(together[:, c], expected, atol=5e-3 * max(1.0, np.abs(expected).max()))
+
+
+# -- arguments
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: palate.BradleyTerry(ridge=0.0), r"ridge is 0\.0; expected a positive number"),
+        (lambda: palate.BradleyTerry(ridge=float("nan")), "ridge is nan"),
+        (lambda: palate.LoRe(0), "n_bases is 0; expected a positive number of base rewards"),
+        (lambda: palate.LoRe(()), r"n_bases is \(\)"),
+        (lambda: palate.LoRe((2, -1)), r"n_bases is \(2, -1\)"),
+        (lambda: palate.LoRe(2, steps=0), r"steps is 0 and rate 0\.1; expected at least one step"),
+        (lambda: palate.LoRe(2, rate=0.0), r"rate 0\.0"),
+        (lambda: palate.Hierarchical(-1), "n_bases is -1 and bend 1000; expected numbers of at least 0"),
+        (lambda: palate.Hierarchical(bend=-2), "bend -2"),
+        (lambda: palate.Hierarchical(kappa=-0.5), r"kappa is -0\.5; expected a number of at least 0"),
+        (lambda: palate.Hierarchical(prior_variance=0.0), r"prior_variance is 0\.0; expected a positive number"),
+        (lambda: palate.BradleyTerry().like({"colour": torch.ones(2)}), r"has no number called 'colour'; it has \['direction'\]"),
+    ],
+)
+def test_arguments_that_make_no_model(make: Callable[[], RewardModel], message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        make()
+
+
+def test_the_faithful_preset_takes_one_rank() -> None:
+    with pytest.raises(DataError, match=r"n_bases is \(2, 3\); the faithful preset takes one number"):
+        palate.fit(everybody(), palate.LoRe.faithful((2, 3)))  # type: ignore[arg-type]
+
+
+def test_a_method_that_says_nothing_is_told_what_to_say() -> None:
+    class Silent(RewardModel):
+        """Says nothing."""
+
+    silent, table = Silent(), everybody().embeddings
+    for attempt, message in (
+        (lambda: silent.n_features, "how many features it reads"),
+        (lambda: silent.crowd_weights, "what the crowd's weights are"),
+        (lambda: silent.options(), "how it was constructed"),
+        (lambda: silent.features(table), "has no features"),
+        (lambda: silent.design(torch.ones(1, 1)), "is not linear in its weights"),
+    ):
+        with pytest.raises(DataError, match=message):
+            attempt()
+    with pytest.raises(DataError, match="Newton needs a prior over the weights, and this model has none"):
+        palate.models.base.Newton().solve(None, None, ())  # type: ignore[arg-type]
