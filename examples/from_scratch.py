@@ -12,8 +12,9 @@ Reward differences are all that a choice shows, so a choice is stored as the vec
 people, and `few_shot` finds the weights of a new person, of whom a handful of choices is known, with V frozen.
 
 The settings (Adam, .5 for 1,000 steps, then .1 for 500; margins divided by 100; starts from N(0, 1)) are those of the code that
-the authors published in June 2025; the division by 100 is in that code only, the loss is the paper's equation 10. The library does
-the same in batches over users and with gradients written by hand, and its tests compare it with this file.
+the authors published in June 2025; the division by 100 is in that code only, the loss is the paper's equation 10. The library
+does the same in batches over users and with gradients written by hand, and its tests compare it with this file. It has no
+covariance, no validation and no file format: it is here to be read.
 """
 
 import torch

@@ -59,7 +59,7 @@ def arrays(n_users: int, seed: int = 0, dim: int = 5) -> dict[str, np.ndarray]:
     }
 
 
-def pairs_of(columns: dict[str, np.ndarray], **changes: object) -> EmbeddedPairs:
+def pairs_of(columns: dict[str, np.ndarray], **changes: np.ndarray) -> EmbeddedPairs:
     a = {**columns, **changes}
     return EmbeddedPairs(a["embeddings"], a["chosen"], a["rejected"], a["users"], tie=a["tie"], weight=a["weight"], encoder="enc")
 

@@ -257,7 +257,7 @@ class EmbeddedPairs:
             raise DataError(f"pairs {same[:5].tolist()} compare a row with itself ({len(same)} in all); drop them")
         user_ids, user_index = _ids(users, n)
         ties = torch.as_tensor(_column(tie, n, "tie", np.bool_, False), device=table.device)
-        weights = torch.as_tensor(_column(weight, n, "weight", np.float32, 1.0), device=table.device)
+        weights = torch.as_tensor(_column(weight, n, "weight", np.float64, 1.0), device=table.device, dtype=table.dtype)
         if not bool((torch.isfinite(weights) & (weights > 0)).all()):
             raise DataError(
                 f"weight has minimum {float(weights.min())}; expected finite numbers above 0 (leave a pair out instead)"

@@ -204,7 +204,7 @@ def fit_columns(
     margin = design.project(mu[:, : folds * len(ridges)])
     tied = data.tie[:, None] if bool(data.tie.any()) else None
     losses = user_means(likelihood.nll(margin, tied), data) if folds else margin.new_zeros(len(data.user_ids), 0)
-    held = torch.full((len(ridges), len(data.user_ids)), torch.nan)
+    held = torch.full((len(ridges), len(data.user_ids)), torch.nan, dtype=losses.dtype)
     for f in range(folds):
         held[:, fold == f] = losses[fold == f, f * len(ridges) : (f + 1) * len(ridges)].T.cpu()
     best = int(torch.nanmean(held, dim=1).argmin()) if folds else len(ridges) // 2

@@ -133,14 +133,17 @@ class _Estimation:
         offsets = self.linear.project(_columns(straight))
         personal, chosen = self._personal(straight, offsets, 0.1)
         numbers: dict[str, Tensor] = {"direction": self.scale * straight.direction}
-        bend = self._bend(straight, personal, chosen)
+        bend = self._bend(straight)
         if bend is not None:
             table, bent = bend
-            offsets = self._beside(self.data, table).project(_columns(bent))
-            personal, chosen = self._personal(straight, offsets, 0.6)
-            numbers["direction"] = self.scale * bent.direction[: len(self.scale)]
-            numbers["frequencies"], numbers["phases"] = table.frequencies, table.phases
-            numbers["amplitudes"] = bent.direction[len(self.scale) :] * table.gain
+            around = self._selection(straight, self._beside(self.data, table).project(_columns(bent)))
+            around.crowd_alone()
+            if personal is None or around.mean(CROWD) < personal.mean(chosen):
+                self.record["bend"]["chosen"] = True
+                personal, chosen = self._personal(straight, around.crowds.offsets, 0.6)
+                numbers["direction"] = self.scale * bent.direction[: len(self.scale)]
+                numbers["frequencies"], numbers["phases"] = table.frequencies, table.phases
+                numbers["amplitudes"] = bent.direction[len(self.scale) :] * table.gain
         numbers["bases"] = self.scale.new_zeros(len(self.scale), 0)
         if personal is not None and chosen != CROWD:
             self.progress(0.95, "how people differ")
@@ -152,17 +155,19 @@ class _Estimation:
         self.progress(1.0, "done")
         return out
 
+    def _selection(self, straight: crowd.CrowdFit, offsets: Tensor) -> Selection:
+        own, model = _columns(straight), self.model
+        shifts = _columns(crowd.sharpened(self.data, self.linear, self.fold, straight, factor=10.0)) - own
+        crowds = Crowds(offsets, own, shifts)
+        n_bases, variance = model.n_bases, model.prior_variance
+        return Selection(self.data, self.linear, self.fold, crowds, n_bases=n_bases, prior_variance=variance, seed=self.seed)
+
     def _personal(self, straight: crowd.CrowdFit, offsets: Tensor, done: float) -> tuple[Selection | None, Candidate]:
         """How people differ from a crowd with these margins (P, folds + 1)."""
         model = self.model
         if model.n_bases == 0 or model.kappa == 0 or len(self.data.user_ids) < 2:
             return None, CROWD
-        own = _columns(straight)
-        shifts = _columns(crowd.sharpened(self.data, self.linear, self.fold, straight, factor=10.0)) - own
-        crowds = Crowds(offsets, own, shifts)
-        selection = Selection(
-            self.data, self.linear, self.fold, crowds, n_bases=model.n_bases, prior_variance=model.prior_variance, seed=self.seed
-        )
+        selection = self._selection(straight, offsets)
         if not selection.folds:  # too few users to hold any out
             return selection, Candidate(20, kappa=1.0 if model.kappa is None else model.kappa)
         kappas, types = (KAPPAS, model.types) if model.kappa is None else ((model.kappa,), ())
@@ -174,9 +179,7 @@ class _Estimation:
 
     # -- whether the crowd's reward bends
 
-    def _bend(
-        self, straight: crowd.CrowdFit, personal: Selection | None, chosen: Candidate
-    ) -> tuple[crowd.Bend, crowd.CrowdFit] | None:
+    def _bend(self, straight: crowd.CrowdFit) -> tuple[crowd.Bend, crowd.CrowdFit] | None:
         """The crowd's reward with random Fourier features beside the linear ones, where held-out users surely gain by it.
 
         A bend is kept if, on users held out of it, its log loss is below the straight crowd's by more than one standard
@@ -208,11 +211,10 @@ class _Estimation:
                 best = (tried[-1]["gain"], bend)
             if tried[-1]["gain"] < -tried[-1]["error"]:
                 break  # the sharpest bend loses surely: a softer one has nothing to find
-        self.record["bend"] = {"tried": tried, "chosen": None}
-        already = 0.0 if personal is None or chosen == CROWD else personal.worse(CROWD, chosen)[0]
-        if best is None or best[0] <= already:
+        self.record["bend"] = {"tried": tried, "chosen": False}
+        if best is None:
             return None
-        self.record["bend"]["chosen"] = max(tried, key=lambda one: float(one["gain"]))
+        self.record["bend"]["length"] = max(tried, key=lambda one: float(one["gain"]))["length"]
         return best[1], crowd.fit_crowd(self.data, self._beside(self.data, best[1]), self.fold, ridges=BEND_RIDGES)
 
     def _beside(self, data: EmbeddedPairs, bend: crowd.Bend) -> crowd.Design:

@@ -25,7 +25,7 @@ WIDTHS = (0.03, 0.1, 0.3, 1.0)  # kappas with which rounds are compared
 RANKS = (1, 2, 4, 8, 16, 32, 64)
 REFINEMENTS = (1e-4, 1e-3)  # ridge of the refined bases
 MIXED = 16  # most directions in which types are looked for
-KAPPAS = (0.003, 0.01, 0.03, 0.1, 0.25, 0.5, 1.0, 2.0, 4.0, 16.0)
+KAPPAS = (0.003, 0.01, 0.03, 0.1, 0.25, 0.5, 1.0, 2.0, 4.0, 16.0, 64.0, 256.0)
 SHOTS = ((1, 1 / 6), (2, 1 / 6), (5, 1 / 6), (10**6, 1 / 2))  # choices, and what the loss after them counts
 
 
@@ -107,7 +107,7 @@ class Selection:
         is no gain. A refinement, and types, have to be better than what is simpler by more than one standard error."""
         self.crowd_alone()
         for f in range(self.folds):
-            progress(0.4 * f / self.folds)
+            progress(0.3 * f / self.folds)
             view = self.view(self.fold != f, f)
             for shrunk in (False, True):
                 first = self.start(view, f, shrunk)
@@ -116,15 +116,15 @@ class Selection:
                     if number in ROUNDS:
                         self.known[f, Candidate(number, shrunk)] = view, prior
         wide = [Candidate(number, shrunk, kappa=kappa) for shrunk in (False, True) for number in ROUNDS for kappa in WIDTHS]
-        start = self._try(wide, wide[0], lambda share: progress(0.4 + 0.1 * share))
+        start = self._try(wide, wide[0], lambda share: progress(0.3 + 0.15 * share))
         width = self.known[0, start._replace(kappa=1.0)][0].bases.shape[1]
         ranks = [rank for rank in RANKS if rank < width] if start.rounds else []
         widths = sorted({start.kappa, 1.0})
         narrow = [start._replace(rank=rank, kappa=kappa) for rank in ranks for kappa in widths]
-        best = self._try(narrow, start, lambda share: progress(0.5 + 0.05 * share))
+        best = self._try(narrow, start, lambda share: progress(0.45 + 0.1 * share))
         refined = [start._replace(kappa=1.0, refined=ridge, fitted=fitted) for ridge in REFINEMENTS for fitted in (False, True)]
         # A refinement is dear: the first fold says which one, and whether it is worth the others.
-        promising = self._try(refined, best, lambda share: progress(0.5 + 0.1 * share), folds=1, among=0)
+        promising = self._try(refined, best, lambda share: progress(0.55 + 0.05 * share), folds=1, among=0)
         if promising != best:
             self._try([promising], best, lambda share: progress(0.6 + 0.1 * share))
             loss, error = self.worse(promising, best)
