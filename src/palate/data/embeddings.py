@@ -116,7 +116,7 @@ class Dense(Embeddings):
     def back(self, weights: Tensor) -> Tensor:
         whole = self._whole()
         if whole is not None:
-            return whole.T @ weights.to(whole)
+            return _adjoint(whole, weights.to(whole))
         out = torch.zeros(self.shape[1], weights.shape[1], dtype=self.dtype, device=self.device)
         for part, block in self.blocks():
             out.addmm_(block.T, weights[part].to(block))
@@ -135,6 +135,11 @@ class Dense(Embeddings):
         for part, block in self.blocks():
             variance += share[part] @ (block - mean).square()
         return mean, variance
+
+
+def _adjoint(table: Tensor, weights: Tensor) -> Tensor:
+    """table^T weights for a tall table: as (weights^T table)^T, which reads the rows in order and takes half the time."""
+    return (weights.T.contiguous() @ table).T
 
 
 class OneHot(Embeddings):
@@ -274,7 +279,7 @@ class Differences:
     def back(self, weights: Tensor) -> Tensor:
         """z^T G: (P, K) -> (D, K)."""
         if self._formed is not None:
-            return self._formed.T @ weights.to(self._formed)
+            return _adjoint(self._formed, weights.to(self._formed))
         onto = weights.new_zeros(len(self.embeddings), weights.shape[1])
         onto.index_add_(0, self.chosen, weights).index_add_(0, self.rejected, weights, alpha=-1)
         return self.embeddings.back(onto)
