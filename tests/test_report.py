@@ -258,7 +258,7 @@ def test_what_is_compared_with_what() -> None:
 
 
 def test_the_selection_curve_is_read_from_the_record_or_not_at_all() -> None:
-    curve = [{"kappa": 0.0, "log_loss": 0.7}, {"kappa": 1.0, "log_loss": 0.6}, {"kappa": 1.0, "log_loss": 0.5}]
+    curve = [{"kappa": 0.0, "error": 0.7}, {"kappa": 1.0, "error": 0.6}, {"kappa": 1.0, "error": 0.5}]
     record = {"selection": {"population": {"curve": curve, "chosen": {"kappa": 1.0}}}}
     assert selection_curve(record) == ({0.0: 0.7, 1.0: 0.5}, 1.0)
     for other in ({}, {"selection": {"ridge": 1}}, {"selection": [1]}, {"selection": {"population": {"curve": curve[:1]}}}):

@@ -173,7 +173,8 @@ class _Estimation:
         kappas, types = (KAPPAS, model.types) if model.kappa is None else ((model.kappa,), ())
         chosen = selection.select(kappas, types, lambda share: self.progress(done + 0.35 * share, "how people differ"))
         if model.kappa is not None:
-            chosen = min((key for key in selection.losses if key.kappa == model.kappa and key != CROWD), key=selection.mean)
+            whole = [key for key in selection.losses if key.kappa == model.kappa and key != CROWD and selection.complete(key)]
+            chosen = min(whole, key=selection.mean)
         self.record["population"] = {"curve": selection.curve(), "chosen": chosen._asdict()}
         return selection, chosen
 
@@ -182,9 +183,10 @@ class _Estimation:
     def _bend(self, straight: crowd.CrowdFit) -> tuple[crowd.Bend, crowd.CrowdFit] | None:
         """The crowd's reward with random Fourier features beside the linear ones, where held-out users surely gain by it.
 
-        A bend is kept if, on users held out of it, its log loss is below the straight crowd's by more than one standard
-        error of the paired difference, and below that of the personal rewards around the straight crowd: where people
-        differ, a bend can also be an average over them, which knowing each of them makes needless.
+        A bend is worth a full fit if, on users held out of it, its log loss is below the straight crowd's by more than one
+        standard error of the paired difference. `run` keeps it if the bent crowd alone then errs less than the personal rewards
+        around the straight one: where people differ, a bend can also be an average over them, which knowing each of them
+        makes needless.
         """
         dense = torch.zeros_like(self.scale)
         for part, is_dense in self.data.embeddings.column_blocks():

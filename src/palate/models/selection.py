@@ -2,7 +2,7 @@
 
 A candidate is a way to describe the population: for how long EM runs, along how many directions people differ, whether the
 directions are refined by the likelihood, how wide the prior is, whether there are types of people. One thing is chosen after the
-other by the log loss of held-out users who are adapted from 1, 2, 5 and half of their choices, as new users would be.
+other by the smoothed error of held-out users who are adapted from 1, 2, 5 and half of their choices, as new users would be.
 """
 
 import itertools
@@ -88,6 +88,10 @@ class Selection:
     def mean(self, key: Candidate) -> float:
         return float(torch.nanmean(self.losses[key]))
 
+    def complete(self, key: Candidate) -> bool:
+        """Whether every fold has judged the candidate; means over different users do not compare."""
+        return all(not bool(torch.isnan(self.losses[key][self.fold == f]).all()) for f in range(self.folds))
+
     def worse(self, key: Candidate, than: Candidate) -> tuple[float, float]:
         """How much higher the loss of `key` is than that of `than`, and the standard error over the users that have both."""
         difference = (self.losses[key] - self.losses[than]).double()
@@ -103,8 +107,9 @@ class Selection:
             self._note(CROWD, f, View(self.data.weight[:0, None], self.data.weight[:, None], self.crowds.offsets[:, f], []), None)
 
     def select(self, kappas: Sequence[float], types: Sequence[int], progress: Callable[[float], None]) -> Candidate:
-        """The smallest kappa within one standard error of the best is taken, zero included: what cannot be told from no gain
-        is no gain. A refinement, and types, have to be better than what is simpler by more than one standard error."""
+        """A refinement, and types, have to be better than what is simpler by more than one standard error over users, and the
+        smallest kappa within one of the best is taken. To leave the crowd takes two: the best of a hundred candidates flatters
+        itself."""
         self.crowd_alone()
         for f in range(self.folds):
             progress(0.3 * f / self.folds)
@@ -321,8 +326,8 @@ class Selection:
         return out.cpu()
 
     def curve(self) -> list[dict[str, Any]]:
-        """Every candidate with its mean log loss and the number of users behind it: JSON-able."""
+        """Every candidate with its mean smoothed error and the number of users behind it: JSON-able."""
         return [
-            key._asdict() | {"log_loss": self.mean(key), "users": int((~torch.isnan(values)).sum())}
+            key._asdict() | {"error": self.mean(key), "users": int((~torch.isnan(values)).sum())}
             for key, values in self.losses.items()
         ]

@@ -190,7 +190,7 @@ def _calibration(evaluation: Evaluation, axes: Any, looks: Looks, subject: str) 
 
 
 def _selection(evaluation: Evaluation, axes: Any, looks: Looks, subject: str) -> tuple[str, str] | None:
-    """The lowest held-out loss for each strength of personalisation, where the model has recorded such a curve."""
+    """The lowest held-out error for each strength of personalisation, where the model has recorded such a curve."""
     curves: list[tuple[dict[float, float], float]] = []
     for run in evaluation.runs:
         if run.method == subject and run.data_set in evaluation.data_sets:
@@ -210,7 +210,7 @@ def _selection(evaluation: Evaluation, axes: Any, looks: Looks, subject: str) ->
             axes.plot([place[chosen]], [curve[chosen]], color=colour, marker="o", ms=9, mfc="white", mew=2, ls="", label=name)
     axes.set_xticks(range(len(strengths)), [f"{strength:g}" for strength in strengths])
     axes.set_xlabel("strength of personalisation (0: the crowd's reward)")
-    axes.set_ylabel("log loss, held-out seen users")
+    axes.set_ylabel("smoothed error, held-out seen users")
     axes.legend(loc="best")
     return (
         "How much to personalise",
@@ -219,13 +219,13 @@ def _selection(evaluation: Evaluation, axes: Any, looks: Looks, subject: str) ->
 
 
 def selection_curve(record: Mapping[str, Any]) -> tuple[dict[float, float], float] | None:
-    """({strength: lowest held-out loss}, the chosen strength) from a model's record; None where it has no such curve."""
+    """({strength: lowest held-out error}, the chosen strength) from a model's record; None where it has no such curve."""
     population = record.get("selection", {})
     population = population.get("population", {}) if isinstance(population, Mapping) else {}
     curve = population.get("curve", []) if isinstance(population, Mapping) else []
     lowest: dict[float, float] = {}
     for point in curve:
-        strength, loss = point.get("kappa"), point.get("log_loss")
+        strength, loss = point.get("kappa"), point.get("error")
         if isinstance(strength, int | float) and isinstance(loss, int | float):
             lowest[float(strength)] = min(float(loss), lowest.get(float(strength), np.inf))
     if len(lowest) < 2:
