@@ -24,6 +24,7 @@ from palate.data.pairs import EmbeddedPairs
 from palate.errors import DataError, MismatchError, UnknownUserError
 from palate.models import crowd, files
 from palate.models.base import RewardModel
+from palate.models.subspace import Subspace
 
 METHODS: dict[str, Callable[[], RewardModel]] = {
     "bt": lambda: palate.BradleyTerry(),
@@ -417,19 +418,38 @@ def ridge_direction(z: np.ndarray, tie: np.ndarray, share: np.ndarray, ridge: fl
     return np.asarray(minimize(objective, np.zeros(z.shape[1]), method="BFGS", options={"gtol": 1e-8}).x)
 
 
-def test_columns_fitted_together_are_the_columns_fitted_apart() -> None:
-    data, rng = pairs_of(COLUMNS), torch.Generator().manual_seed(0)
-    design = crowd.Rescaled(data.differences(), crowd.standard_scale(data)[1])
-    weights = torch.rand(len(data), 3, generator=rng) * torch.tensor([1.0, 0.1, 20.0])
-    weights[:20, 1] = 0
-    ridges = torch.tensor([1e-3, 1e-2, 0.1])
-    together = crowd.ridge_columns(design, data.tie, weights, ridges)
-    for c in range(3):
-        apart = crowd.ridge_columns(design, data.tie, weights[:, c : c + 1], ridges[c : c + 1])
-        torch.testing.assert_close(together[:, c : c + 1], apart, atol=5e-3, rtol=5e-3)
-        share = (weights[:, c] / weights[:, c].sum()).double().numpy()
-        expected = ridge_direction(differences(data) * design.scale.double().numpy(), data.tie.numpy(), share, float(ridges[c]))
-        np.testing.assert_allclose(together[:, c], expected, atol=5e-3 * max(1.0, np.abs(expected).max()))
+@pytest.mark.parametrize("features", [12, 90])  # the whole space at once, and a growing subspace
+@pytest.mark.parametrize("ties", [False, True])
+def test_a_path_of_ridges_in_one_subspace_is_each_ridge_on_its_own(features: int, ties: bool) -> None:
+    rng = np.random.default_rng(features)
+    z = rng.normal(size=(150, features)) * np.geomspace(2, 0.05, features)
+    tie = rng.random(150) < (0.2 if ties else 0.0)
+    weight = rng.random(150) * (rng.random(150) < 0.8)  # a choice of weight 0 has no say but gets a margin
+    design = crowd.Formed(torch.from_numpy(z))
+    space = Subspace(design, torch.from_numpy(tie), torch.from_numpy(weight))
+    for ridge in (0.3, 1e-2, 1e-4):
+        found = space.solve(ridge, tolerance=1e-7)
+        expected = ridge_direction(z, tie, weight / weight.sum(), ridge)
+        np.testing.assert_allclose(found, expected, atol=2e-4 * max(1.0, np.abs(expected).max()))
+        np.testing.assert_allclose(space.margins, z @ found.numpy(), atol=1e-8)
+    back = space.solve(0.3, tolerance=1e-7)  # and from weak to strong
+    np.testing.assert_allclose(back, ridge_direction(z, tie, weight / weight.sum(), 0.3), atol=2e-5)
+
+
+def test_a_subspace_that_is_full_starts_again_where_it_stands() -> None:
+    rng = np.random.default_rng(0)
+    z, nobody = rng.normal(size=(400, 100)), np.zeros(400, dtype=bool)
+    space = Subspace(crowd.Formed(torch.from_numpy(z)), torch.from_numpy(nobody), torch.ones(400, dtype=torch.float64), most=12)
+    found = space.solve(1e-2, tolerance=1e-6)
+    assert space.basis.shape[1] <= 12 < space.passes / 2
+    np.testing.assert_allclose(found, ridge_direction(z, nobody, np.full(400, 1 / 400), 1e-2), atol=1e-4)
+
+
+def test_a_subspace_stops_after_the_passes_it_was_given() -> None:
+    z = np.random.default_rng(0).normal(size=(400, 300))
+    space = Subspace(crowd.Formed(torch.from_numpy(z)), torch.zeros(400, dtype=torch.bool), torch.ones(400, dtype=torch.float64))
+    space.solve(1e-6, tolerance=1e-9, steps=5)
+    assert space.basis.shape[1] == 6  # the first gradient and five more
 
 
 # -- arguments
@@ -447,7 +467,8 @@ def test_columns_fitted_together_are_the_columns_fitted_apart() -> None:
         (lambda: palate.LoRe(2, rate=0.0), r"rate 0\.0"),
         (lambda: palate.Hierarchical(-1), "n_bases is -1 and bend 1000; expected numbers of at least 0"),
         (lambda: palate.Hierarchical(bend=-2), "bend -2"),
-        (lambda: palate.Hierarchical(kappa=-0.5), r"kappa is -0\.5; expected a number of at least 0"),
+        (lambda: palate.Hierarchical(kappa=-0.5), r"kappa is -0\.5; expected a finite number of at least 0"),
+        (lambda: palate.Hierarchical(kappa=float("inf")), "kappa is inf; expected a finite number"),
         (lambda: palate.Hierarchical(prior_variance=0.0), r"prior_variance is 0\.0; expected a positive number"),
         (lambda: palate.BradleyTerry().like({"colour": torch.ones(2)}), r"has no number called 'colour'; it has \['direction'\]"),
     ],

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from palate.errors import DataError
 
+CACHE_BYTES = 2**20  # size of a block that is gathered and combined: it should not leave the processor's cache
 BLOCK_BYTES = 64 * 2**20  # size of a float32 block: large enough for full BLAS speed, small against memory
 
 
@@ -263,7 +264,7 @@ class Differences:
         self._formed: Tensor | None = None
         if isinstance(embeddings, Dense) and len(chosen) <= len(embeddings):
             formed = torch.empty(self.shape, dtype=embeddings.dtype, device=embeddings.device)
-            step = max(1, BLOCK_BYTES // (4 * max(1, self.shape[1])))
+            step = max(1, CACHE_BYTES // (4 * max(1, self.shape[1])))
             for start in range(0, len(chosen), step):
                 part = slice(start, start + step)
                 torch.sub(embeddings.rows(chosen[part]), embeddings.rows(rejected[part]), out=formed[part])

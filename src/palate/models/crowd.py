@@ -1,35 +1,24 @@
 """The crowd's reward: ridge Bradley-Terry over everybody's choices, straight or bent, with the ridge chosen on held-out users.
 
-All ridges and all folds are columns of one matrix of directions and are fitted together: a pass over the embeddings costs nearly
-the same for twenty columns as for one, and passes are all that this problem costs.
+The path over the ridges costs little more than its weakest one (`subspace`).
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
 
 import numpy as np
 import torch
-from scipy.optimize import minimize
 from torch import Tensor
 
 from palate import likelihood
 from palate.data.embeddings import Differences, Embeddings
 from palate.data.pairs import EmbeddedPairs
 from palate.errors import DataError
+from palate.models.subspace import Design, Subspace
 
 RIDGES = (1e-6, 1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)  # of features whose rows have norm about one
-
-
-class Design(Protocol):
-    """z (P, D) as an operator."""
-
-    @property
-    def shape(self) -> tuple[int, int]: ...
-
-    def project(self, directions: Tensor) -> Tensor: ...
-
-    def back(self, weights: Tensor) -> Tensor: ...
+STRONGER = 3.0  # times the ridge: what the mean taste may be shrunk to
+ROUGH, ROUGH_STEPS = 1e-2, 40  # while ridges are compared: tolerance, and most passes for each
 
 
 @dataclass(frozen=True)
@@ -51,6 +40,23 @@ class Rescaled:
 
 
 @dataclass(frozen=True)
+class Formed:
+    """z as a matrix."""
+
+    matrix: Tensor  # (P, D)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.matrix.shape[0], self.matrix.shape[1]
+
+    def project(self, directions: Tensor) -> Tensor:
+        return self.matrix @ directions
+
+    def back(self, weights: Tensor) -> Tensor:
+        return self.matrix.T @ weights
+
+
+@dataclass(frozen=True)
 class Beside:
     """Two designs side by side."""
 
@@ -69,12 +75,12 @@ class Beside:
         return torch.cat([self.left.back(weights), self.right.back(weights)])
 
 
-def standard_scale(data: EmbeddedPairs, most: int = 8192) -> tuple[Tensor, Tensor]:
+def standard_scale(data: EmbeddedPairs, most: int = 2048) -> tuple[Tensor, Tensor]:
     """Centre (D,) and scale (D,) that give rows of norm about one: x = (e - centre) * scale.
 
     A dense block is standardised by column over the texts of the training pairs and divided by the square root of its width; a
     one-hot block keeps one scale for all its columns, because standardising them would weigh an item by its rarity. A column that
-    never varies gets scale 0. At most `most` texts, evenly spaced, are read: the standard error of a scale is then below 1 %.
+    never varies gets scale 0. At most `most` texts, evenly spaced, are read: the standard error of a scale is then below 2 %.
     """
     used = torch.unique(torch.cat([data.chosen, data.rejected]))
     if len(used) > most:
@@ -94,32 +100,6 @@ def standard_scale(data: EmbeddedPairs, most: int = 8192) -> tuple[Tensor, Tenso
     if not bool((scale > 0).any()):
         raise DataError("no feature varies over the texts of the training pairs; expected embeddings that tell texts apart")
     return centre, scale
-
-
-def ridge_columns(
-    design: Design, tie: Tensor, weights: Tensor, ridges: Tensor, *, start: Tensor | None = None, max_iter: int = 200
-) -> Tensor:
-    """Directions (D, C), column c minimising mean_j nll(z_j . mu_c) + ridges_c |mu_c|^2 / 2 under row weights (P, C).
-
-    L-BFGS (scipy) on the sum over columns, which is separable, in float64 outside and the design's precision inside.
-    """
-    shape = (design.shape[1], len(ridges))
-    share = weights / weights.sum(0)
-    tied = tie[:, None] if bool(tie.any()) else None
-
-    def objective(flat: "np.ndarray[Any, Any]") -> tuple[float, "np.ndarray[Any, Any]"]:
-        mu = torch.from_numpy(flat.reshape(shape)).to(weights)
-        margin = design.project(mu)
-        loss = (likelihood.nll(margin, tied) * share).sum(dtype=torch.float64) + (mu.square() * ridges).sum(
-            dtype=torch.float64
-        ) / 2
-        gradient = design.back(likelihood.gradient(margin, tied) * share) + mu * ridges
-        return float(loss), gradient.double().cpu().numpy().ravel()
-
-    first = np.zeros(shape) if start is None else start.double().cpu().numpy()
-    options = {"maxiter": max_iter, "maxcor": 12, "gtol": 1e-6, "ftol": 1e-10}
-    solved = minimize(objective, first.ravel(), jac=True, method="L-BFGS-B", options=options)
-    return torch.from_numpy(np.asarray(solved.x).reshape(shape)).to(weights)
 
 
 def user_folds(n_users: int, seed: int, *, enough: int = 100, most: int = 5) -> Tensor:
@@ -150,66 +130,68 @@ def user_means(values: Tensor, data: EmbeddedPairs) -> Tensor:
 class CrowdFit:
     """A fitted crowd direction on the scaled features with what validation said: one loss per ridge and held-out user."""
 
-    direction: Tensor  # (D,) fitted on everybody
-    by_fold: Tensor  # (D, folds) fitted without the fold's users
+    directions: Tensor  # (D, folds + 1) fitted without each fold's users; the last one on everybody
     ridge: float
     losses: Tensor  # (R, U) mean log loss of each held-out user, NaN for users never held out
+    stronger: Tensor  # (D, folds + 1) the same with `STRONGER` times the ridge
+
+    @property
+    def direction(self) -> Tensor:
+        """(D,) fitted on everybody."""
+        return self.directions[:, -1]
 
     @property
     def curve(self) -> list[float]:
-        held = ~torch.isnan(self.losses[0])
-        return [float(row[held].mean()) if bool(held.any()) else float("nan") for row in self.losses]
-
-    @property
-    def chosen_losses(self) -> Tensor:
-        """(U,) losses at the chosen ridge."""
-        known = len(self.losses) > 1 and not np.isnan(self.curve).all()
-        return self.losses[int(np.nanargmin(self.curve)) if known else 0]
+        return _means(self.losses)
 
 
-def fit_crowd(
-    data: EmbeddedPairs, design: Design, fold: Tensor, *, ridges: Sequence[float] = RIDGES, max_iter: int = 200
-) -> CrowdFit:
+def fit_crowd(data: EmbeddedPairs, design: Design, fold: Tensor, *, ridges: Sequence[float] = RIDGES) -> CrowdFit:
     """Choose the ridge on held-out users (minimum mean log loss, users weighing the same) and fit the direction on everybody."""
-    if len(ridges) > 1:  # a rough path to choose the ridge, then the chosen one to precision
-        return sharpened(data, design, fold, fit_columns(data, design, fold, ridges, everybody=False))
-    return fit_columns(data, design, fold, ridges, max_iter=max_iter)
+    spaces = [_without(data, design, fold, f) for f in range(int(fold.max()) + 1)]
+    losses = _path(data, spaces, fold, ridges)
+    ridge = _best(ridges, losses)
+    everybody = Subspace(design, data.tie, data.weight)
+    directions = [space.solve(ridge) for space in spaces]
+    if spaces:
+        everybody.begin_at(torch.stack(directions, dim=1).mean(1, keepdim=True))
+    directions.append(everybody.solve(ridge))
+    stronger = [space.solve(STRONGER * ridge, tolerance=1e-3) for space in [*spaces, everybody]]
+    return CrowdFit(torch.stack(directions, dim=1), ridge, losses, torch.stack(stronger, dim=1))
 
 
-def sharpened(data: EmbeddedPairs, design: Design, fold: Tensor, found: CrowdFit, *, factor: float = 1.0) -> CrowdFit:
-    """The same crowd to precision, with `factor` times its ridge. Losses are those of the path on which the ridge was chosen."""
-    folds = found.by_fold.shape[1]
-    keep = torch.stack([fold != f for f in range(folds)] + [torch.ones_like(fold, dtype=torch.bool)], dim=1)
-    weights = keep.to(data.weight.device)[data.user_index].to(data.weight) * data.weight[:, None]
-    start = torch.cat([found.by_fold, found.direction[:, None]], dim=1)
-    ridges = torch.full((folds + 1,), found.ridge * factor, device=data.weight.device)
-    mu = ridge_columns(design, data.tie, weights, ridges, start=start)
-    return CrowdFit(mu[:, folds], mu[:, :folds], found.ridge * factor, found.losses)
+def held_out_losses(data: EmbeddedPairs, design: Design, fold: Tensor, ridges: Sequence[float]) -> tuple[Tensor, float]:
+    """(U,) mean log loss of each held-out user at the best of the ridges, NaN for the others, and that ridge."""
+    losses = _path(data, [_without(data, design, fold, f) for f in range(int(fold.max()) + 1)], fold, ridges)
+    ridge = _best(ridges, losses)
+    return losses[list(ridges).index(ridge)], ridge
 
 
-def fit_columns(
-    data: EmbeddedPairs, design: Design, fold: Tensor, ridges: Sequence[float], *, max_iter: int = 60, everybody: bool = True
-) -> CrowdFit:
-    """One direction per ridge and fold, and the ridge with the lowest mean log loss on the held-out users, users weighing
-    the same.
+def _without(data: EmbeddedPairs, design: Design, fold: Tensor, held: int) -> Subspace:
+    kept = (fold != held).to(data.user_index.device)[data.user_index]
+    return Subspace(design, data.tie, data.weight * kept)
 
-    Without `everybody` the direction of all users is not fitted but is the mean of the folds': a start for `sharpened`.
-    """
-    folds = int(fold.max()) + 1
-    everybody = everybody or not folds
-    keep = [fold != f for f in range(folds)] + ([torch.ones_like(fold, dtype=torch.bool)] if everybody else [])
-    rows = torch.stack(keep, dim=1).to(data.weight.device)[data.user_index].to(data.weight) * data.weight[:, None]
-    grid = torch.tensor(list(ridges) * len(keep), device=data.weight.device)
-    mu = ridge_columns(design, data.tie, rows.repeat_interleave(len(ridges), dim=1), grid, max_iter=max_iter)
-    margin = design.project(mu[:, : folds * len(ridges)])
-    tied = data.tie[:, None] if bool(data.tie.any()) else None
-    losses = user_means(likelihood.nll(margin, tied), data) if folds else margin.new_zeros(len(data.user_ids), 0)
-    held = torch.full((len(ridges), len(data.user_ids)), torch.nan, dtype=losses.dtype)
-    for f in range(folds):
-        held[:, fold == f] = losses[fold == f, f * len(ridges) : (f + 1) * len(ridges)].T.cpu()
-    best = int(torch.nanmean(held, dim=1).argmin()) if folds else len(ridges) // 2
-    by_fold = mu[:, torch.arange(folds, device=mu.device) * len(ridges) + best]
-    return CrowdFit(mu[:, folds * len(ridges) + best] if everybody else by_fold.mean(1), by_fold, float(ridges[best]), held)
+
+def _path(data: EmbeddedPairs, spaces: Sequence[Subspace], fold: Tensor, ridges: Sequence[float]) -> Tensor:
+    """(R, U) mean log loss of each held-out user at every ridge, fitted roughly, from the strongest to the weakest."""
+    losses = torch.full((len(ridges), len(data.user_ids)), torch.nan)
+    tied = data.tie if bool(data.tie.any()) else None
+    for f, space in enumerate(spaces):
+        for ridge in sorted(ridges, reverse=True):
+            space.solve(ridge, tolerance=ROUGH, steps=ROUGH_STEPS)
+            loss = user_means(likelihood.nll(space.margins, tied)[:, None], data)[:, 0].cpu()
+            losses[list(ridges).index(ridge), fold == f] = loss[fold == f].to(losses)
+    return losses
+
+
+def _means(losses: Tensor) -> list[float]:
+    held = ~torch.isnan(losses[0])
+    return [float(row[held].mean()) if bool(held.any()) else float("nan") for row in losses]
+
+
+def _best(ridges: Sequence[float], losses: Tensor) -> float:
+    """The ridge of the lowest mean loss; the middle one where nobody is held out."""
+    curve = _means(losses)
+    return ridges[len(ridges) // 2] if np.isnan(curve).all() else ridges[int(np.nanargmin(curve))]
 
 
 class Bend:

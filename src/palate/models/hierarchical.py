@@ -20,7 +20,8 @@ from palate.data.pairs import EmbeddedPairs
 from palate.errors import DataError
 from palate.models import crowd
 from palate.models.base import Inference, Newton, RewardModel
-from palate.models.selection import CROWD, KAPPAS, Candidate, Crowds, Selection
+from palate.models.selection import CROWD, KAPPAS, ROUNDS, Candidate, Crowds, Selection
+from palate.models.subspace import Design
 from palate.priors import Prior
 
 Progress = Callable[[float, str], None]  # (share done, what)
@@ -37,7 +38,8 @@ class Hierarchical(RewardModel):
         n_bases: most base rewards to look for; as many are kept as hold 99.5 % of the prior variance of the margins.
         bend: random Fourier features of the crowd's reward; 0 keeps it linear. They are used only where held-out users gain.
         types: numbers of mixture components to try beside the plain Gaussian; () for none.
-        kappa: multiplier of the prior covariance; None chooses it on held-out users, 0 included (then this is Bradley-Terry).
+        kappa: multiplier of the prior covariance. None chooses it, and how people differ, on held-out users, 0 included (then
+            this is Bradley-Terry); with a number nothing of that is validated, and the floor is the caller's own affair.
         prior_variance: variance of the margins under the prior from which EM starts, in squared log-odds.
     """
 
@@ -62,8 +64,8 @@ class Hierarchical(RewardModel):
         super().__init__()
         if n_bases < 0 or bend < 0:
             raise DataError(f"n_bases is {n_bases} and bend {bend}; expected numbers of at least 0")
-        if kappa is not None and not kappa >= 0:
-            raise DataError(f"kappa is {kappa}; expected a number of at least 0, or None to choose it on held-out users")
+        if kappa is not None and not 0 <= kappa < float("inf"):
+            raise DataError(f"kappa is {kappa}; expected a finite number of at least 0, or None to choose it on held-out users")
         if not prior_variance > 0:
             raise DataError(f"prior_variance is {prior_variance}; expected a positive number")
         self.n_bases, self.bend, self.types, self.kappa, self.prior_variance = n_bases, bend, tuple(types), kappa, prior_variance
@@ -130,13 +132,13 @@ class _Estimation:
         self.progress(0.0, "the crowd's reward")
         straight = crowd.fit_crowd(self.data, self.linear, self.fold)
         self.record["ridge"] = {"grid": list(crowd.RIDGES), "log_loss": straight.curve, "chosen": straight.ridge}
-        offsets = self.linear.project(_columns(straight))
+        offsets = self.linear.project(straight.directions)
         personal, chosen = self._personal(straight, offsets, 0.1)
         numbers: dict[str, Tensor] = {"direction": self.scale * straight.direction}
         bend = self._bend(straight)
         if bend is not None:
             table, bent = bend
-            around = self._selection(straight, self._beside(self.data, table).project(_columns(bent)))
+            around = self._selection(straight, self._beside(self.data, table).project(bent.directions))
             around.crowd_alone()
             if personal is None or around.mean(CROWD) < personal.mean(chosen):
                 self.record["bend"]["chosen"] = True
@@ -156,9 +158,8 @@ class _Estimation:
         return out
 
     def _selection(self, straight: crowd.CrowdFit, offsets: Tensor) -> Selection:
-        own, model = _columns(straight), self.model
-        shifts = _columns(crowd.sharpened(self.data, self.linear, self.fold, straight, factor=10.0)) - own
-        crowds = Crowds(offsets, own, shifts)
+        model = self.model
+        crowds = Crowds(offsets, straight.directions, straight.stronger - straight.directions)
         n_bases, variance = model.n_bases, model.prior_variance
         return Selection(self.data, self.linear, self.fold, crowds, n_bases=n_bases, prior_variance=variance, seed=self.seed)
 
@@ -169,12 +170,12 @@ class _Estimation:
             return None, CROWD
         selection = self._selection(straight, offsets)
         if not selection.folds:  # too few users to hold any out
-            return selection, Candidate(20, kappa=1.0 if model.kappa is None else model.kappa)
-        kappas, types = (KAPPAS, model.types) if model.kappa is None else ((model.kappa,), ())
-        chosen = selection.select(kappas, types, lambda share: self.progress(done + 0.35 * share, "how people differ"))
-        if model.kappa is not None:
-            whole = [key for key in selection.losses if key.kappa == model.kappa and key != CROWD and selection.complete(key)]
-            chosen = min(whole, key=selection.mean)
+            return selection, Candidate(ROUNDS[-1], kappa=1.0 if model.kappa is None else model.kappa)
+        if model.kappa is None:
+            chosen = selection.select(KAPPAS, model.types, lambda share: self.progress(done + 0.35 * share, "how people differ"))
+        else:
+            chosen = Candidate(ROUNDS[-1], kappa=model.kappa)
+            selection.judge(chosen)
         self.record["population"] = {"curve": selection.curve(), "chosen": chosen._asdict()}
         return selection, chosen
 
@@ -198,16 +199,17 @@ class _Estimation:
         fold = torch.where(self.fold < 2, self.fold, -1)[users]  # two folds are enough to see it
         if not bool((fold >= 0).any()):
             return None
-        base = crowd.fit_columns(trial, crowd.Rescaled(trial.differences(), self.scale), fold, [straight.ridge], max_iter=100)
+        linear = crowd.Rescaled(trial.differences(), self.scale)
+        base, _ = crowd.held_out_losses(trial, linear, fold, [straight.ridge])
         tried: list[dict[str, Any]] = []
         best: tuple[float, crowd.Bend] | None = None
         for number, length in enumerate(LENGTHS):
             self.progress(0.5 + 0.05 * number, "whether the crowd's reward bends")
             bend = crowd.Bend(self.centre, self.scale, dense, width=self.model.bend, length=length, seed=self.seed)
-            bent = crowd.fit_columns(trial, self._beside(trial, bend), fold, BEND_RIDGES, everybody=False)
-            gain = (base.chosen_losses - bent.chosen_losses)[fold >= 0].double()
+            bent, ridge = crowd.held_out_losses(trial, self._beside(trial, bend), fold, BEND_RIDGES)
+            gain = (base - bent)[fold >= 0].double()
             tried.append(
-                {"length": length, "ridge": bent.ridge, "gain": float(gain.mean()), "error": float(gain.std() / len(gain) ** 0.5)}
+                {"length": length, "ridge": ridge, "gain": float(gain.mean()), "error": float(gain.std() / len(gain) ** 0.5)}
             )
             if tried[-1]["gain"] > tried[-1]["error"] and (best is None or tried[-1]["gain"] > best[0]):
                 best = (tried[-1]["gain"], bend)
@@ -219,24 +221,21 @@ class _Estimation:
         self.record["bend"]["length"] = max(tried, key=lambda one: float(one["gain"]))["length"]
         return best[1], crowd.fit_crowd(self.data, self._beside(self.data, best[1]), self.fold, ridges=BEND_RIDGES)
 
-    def _beside(self, data: EmbeddedPairs, bend: crowd.Bend) -> crowd.Design:
+    def _beside(self, data: EmbeddedPairs, bend: crowd.Bend) -> Design:
         used, where = torch.unique(torch.cat([data.chosen, data.rejected]), return_inverse=True)
         table = Dense(bend.table(data.embeddings.take(used)))
         linear = crowd.Rescaled(data.differences(), self.scale)
         return crowd.Beside(linear, Differences(table, where[: len(data)], where[len(data) :]))
 
-    def _few_texts(self, most: int = 4000) -> Tensor:
-        """(U,) users, evenly spaced, whose choices hold at most about `most` distinct texts: enough to see whether a bend pays.
+    def _few_texts(self, most: int = 4000, work: float = 8e9) -> Tensor:
+        """(U,) users, evenly spaced, whose choices hold at most about `most` distinct texts, and fewer where bending so many
+        takes more than `work` multiplications: enough to see whether a bend pays.
 
         With fewer pairs a bend pays less, so the trial errs towards the straight reward.
         """
+        most = min(most, int(work / (len(self.scale) * self.model.bend)))
         texts = len(torch.unique(torch.cat([self.data.chosen, self.data.rejected])))
         users = torch.zeros(len(self.data.user_ids), dtype=torch.bool)
         kept = max(2, int(len(users) * min(1.0, most / texts)))
         users[torch.linspace(0, len(users) - 1, kept).round().long()] = True
         return users
-
-
-def _columns(found: crowd.CrowdFit) -> Tensor:
-    """(D, folds + 1): the directions without each fold, then everybody's."""
-    return torch.cat([found.by_fold, found.direction[:, None]], dim=1)

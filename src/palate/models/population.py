@@ -17,7 +17,7 @@ from torch import Tensor
 
 from palate import likelihood
 from palate.data.pairs import EmbeddedPairs
-from palate.models.crowd import Design
+from palate.models.subspace import Design
 from palate.priors import Prior
 from palate.solvers import Batch, Laplace, newton, whitened
 
@@ -67,8 +67,9 @@ def gaussian_rounds(parts: Sequence[Batch], prior: Prior, rounds: int) -> Iterat
     S near its wide start in the directions of which the data say little; how many rounds is chosen on held-out users.
     """
     expect, mean = Expectation(parts), prior.means[0]
-    for _ in range(rounds):
-        _, first, second = expect.step(prior)
+    for number in range(rounds):
+        # The modes move little from round to round: one Newton step from the last ones follows them.
+        _, first, second = expect.step(prior, max_steps=1 if number else 8)
         cross = torch.outer(first[0], mean)
         prior = Prior.gaussian(_solid((second[0] - cross - cross.T) / expect.n_users + torch.outer(mean, mean)), mean)
         yield prior
@@ -131,7 +132,7 @@ def refine(
     direction: Tensor,
     *,
     ridge: float,
-    max_iter: int = 40,
+    max_iter: int = 30,
 ) -> Refined:
     """Refine bases (D, K) by the likelihood itself, every user's weights being re-solved at each step (variable projection).
 

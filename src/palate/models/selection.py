@@ -14,15 +14,16 @@ import torch
 from torch import Tensor
 
 from palate import likelihood
+from palate.data.embeddings import CACHE_BYTES
 from palate.data.pairs import EmbeddedPairs
 from palate.models import crowd, population
 from palate.models.validation import halves, position
 from palate.priors import Prior
 from palate.solvers import Batch, batches, posterior
 
-ROUNDS = (0, 5, 10, 20, 40)
+ROUNDS = (0, 10, 40)
 WIDTHS = (0.03, 0.1, 0.3, 1.0)  # kappas with which rounds are compared
-RANKS = (1, 2, 4, 8, 16, 32, 64)
+RANKS = (1, 2, 4, 8, 16)
 REFINEMENTS = (1e-4, 1e-3)  # ridge of the refined bases
 MIXED = 16  # most directions in which types are looked for
 KAPPAS = (0.003, 0.01, 0.03, 0.1, 0.25, 0.5, 1.0, 2.0, 4.0, 16.0, 64.0, 256.0)
@@ -33,10 +34,8 @@ class Candidate(NamedTuple):
     """One way to describe how people differ."""
 
     rounds: int  # of EM
-    shrunk: bool = False  # whether the mean taste is the crowd's with ten times the ridge
     rank: int | None = None  # directions kept; None: all that matter
     refined: float = 0.0  # ridge of the refinement of the bases; 0: not refined
-    fitted: bool = False  # after a refinement: whether EM re-estimates the spread
     kappa: float = 1.0
     types: int = 0  # mixture components; 0: a plain Gaussian
 
@@ -60,7 +59,7 @@ class Crowds:
 
     offsets: Tensor  # (P, folds + 1) margins, bent or not
     directions: Tensor  # (D, folds + 1) the linear part on the scaled features
-    shifts: Tensor  # (D, folds + 1) from there to the crowd with ten times the ridge
+    shifts: Tensor  # (D, folds + 1) from there to the crowd with `crowd.STRONGER` times the ridge
 
 
 class Selection:
@@ -106,62 +105,70 @@ class Selection:
         for f in range(self.folds):
             self._note(CROWD, f, View(self.data.weight[:0, None], self.data.weight[:, None], self.crowds.offsets[:, f], []), None)
 
+    def judge(self, key: Candidate) -> None:
+        """Note the loss of one candidate."""
+        self._try([], key, lambda share: None)
+
     def select(self, kappas: Sequence[float], types: Sequence[int], progress: Callable[[float], None]) -> Candidate:
-        """A refinement, and types, have to be better than what is simpler by more than one standard error over users, and the
-        smallest kappa within one of the best is taken. To leave the crowd takes two: the best of a hundred candidates flatters
-        itself."""
+        """What empirical Bayes itself says (EM to its end, every direction, kappa 1), unless held-out users say otherwise.
+
+        Every departure from it has to be better by more than two standard errors over users, because the best of many
+        candidates flatters itself; so has the whole to be better than the crowd. Where no width of the prior is better
+        than the crowd by one there is nothing to describe, and the dearer descriptions are not tried.
+        """
         self.crowd_alone()
         for f in range(self.folds):
             progress(0.3 * f / self.folds)
             view = self.view(self.fold != f, f)
-            for shrunk in (False, True):
-                first = self.start(view, f, shrunk)
-                learned = population.gaussian_rounds(view.learn, first, ROUNDS[-1])
-                for number, prior in enumerate(itertools.chain([first], learned)):
-                    if number in ROUNDS:
-                        self.known[f, Candidate(number, shrunk)] = view, prior
-        wide = [Candidate(number, shrunk, kappa=kappa) for shrunk in (False, True) for number in ROUNDS for kappa in WIDTHS]
-        start = self._try(wide, wide[0], lambda share: progress(0.3 + 0.15 * share))
-        width = self.known[0, start._replace(kappa=1.0)][0].bases.shape[1]
-        ranks = [rank for rank in RANKS if rank < width] if start.rounds else []
-        widths = sorted({start.kappa, 1.0})
-        narrow = [start._replace(rank=rank, kappa=kappa) for rank in ranks for kappa in widths]
-        best = self._try(narrow, start, lambda share: progress(0.45 + 0.1 * share))
-        refined = [start._replace(kappa=1.0, refined=ridge, fitted=fitted) for ridge in REFINEMENTS for fitted in (False, True)]
-        # A refinement is dear: the first fold says which one, and whether it is worth the others.
-        promising = self._try(refined, best, lambda share: progress(0.55 + 0.05 * share), folds=1, among=0)
-        if promising != best:
-            self._try([promising], best, lambda share: progress(0.6 + 0.1 * share))
-            loss, error = self.worse(promising, best)
-            best = promising if -loss > error else best
-        scaled = [best._replace(kappa=kappa) for kappa in kappas]
-        self._try(scaled, best, lambda share: progress(0.7 + 0.1 * share))
-        lowest = min([CROWD, *scaled], key=self.mean)
-        mixed = [lowest._replace(types=number) for number in types] if lowest != CROWD else []
-        best = self._try(mixed, lowest, lambda share: progress(0.8 + 0.2 * share))
-        if best.types and -self.worse(best, lowest)[0] > self.worse(best, lowest)[1]:
-            lowest, scaled = best, [best]
-        loss, error = self.worse(CROWD, lowest)
-        if loss <= 2 * error:
+            first = self.start(view, f)
+            learned = population.gaussian_rounds(view.learn, first, ROUNDS[-1])
+            for number, prior in enumerate(itertools.chain([first], learned)):
+                if number in ROUNDS:
+                    self.known[f, Candidate(number)] = view, prior
+        best = Candidate(ROUNDS[-1])
+        wide = [Candidate(number, kappa=kappa) for number in ROUNDS for kappa in WIDTHS]
+        promising = self._try(wide, best, lambda share: progress(0.3 + 0.2 * share))
+        loss, error = self.worse(CROWD, promising)
+        if loss <= error:
             return CROWD
-        return next(key for key in scaled if key == lowest or self.worse(key, lowest)[0] <= self.worse(key, lowest)[1])
+        best = self._surely(promising, best)._replace(kappa=1.0)
+        width = self.known[0, best][0].bases.shape[1]
+        narrow = [best._replace(rank=rank) for rank in RANKS if rank < width] if best.rounds else []
+        best = self._surely(self._try(narrow, best, lambda share: progress(0.5 + 0.1 * share)), best, errors=1)
+        refined = [best._replace(rank=None, refined=ridge) for ridge in REFINEMENTS]
+        # A refinement is dear: the first fold says which one, and whether it is worth the others.
+        hopeful = self._try(refined, best, lambda share: progress(0.6 + 0.05 * share), folds=1)
+        if hopeful != best:
+            best = self._surely(self._try([hopeful], best, lambda share: progress(0.65 + 0.05 * share)), best)
+        scaled = [best._replace(kappa=kappa) for kappa in kappas]
+        lowest = self._surely(self._try(scaled, best, lambda share: progress(0.7 + 0.1 * share)), best)
+        best = next(key for key in scaled if key.kappa >= lowest.kappa or self._near(key, lowest))
+        if self._surely(best, CROWD) == CROWD:
+            return CROWD
+        mixed = [best._replace(types=number) for number in types]
+        return self._surely(self._try(mixed, best, lambda share: progress(0.8 + 0.2 * share)), best, errors=1)
+
+    def _near(self, key: Candidate, lowest: Candidate) -> bool:
+        """Whether its loss is within one standard error of the lowest."""
+        loss, error = self.worse(key, lowest)
+        return loss <= error
+
+    def _surely(self, key: Candidate, than: Candidate, errors: float = 2) -> Candidate:
+        """`key` if it is better than the other by more than so many standard errors over users, else the other."""
+        loss, error = self.worse(than, key)
+        return key if loss > errors * error else than
 
     def _try(
-        self,
-        keys: Sequence[Candidate],
-        beside: Candidate,
-        progress: Callable[[float], None],
-        *,
-        folds: int | None = None,
-        among: int | None = None,
+        self, keys: Sequence[Candidate], beside: Candidate, progress: Callable[[float], None], *, folds: int | None = None
     ) -> Candidate:
-        """Note the loss of each candidate on the first `folds` folds; return the best one, `beside` included."""
-        for f in range(self.folds if folds is None else folds):
+        """Note the loss of each candidate on the first `folds` folds; return the best one on them, `beside` included."""
+        folds = self.folds if folds is None else folds
+        for f in range(folds):
             progress(f / self.folds)
-            for key in keys:
+            for key in [beside, *keys]:
                 if key not in self.losses or bool(torch.isnan(self.losses[key][self.fold == f]).all()):
                     self._note(key, f, *self._estimated(key, f))
-        users = self.fold >= 0 if among is None else self.fold == among
+        users = (self.fold >= 0) & (self.fold < folds)
         return min([beside, *keys], key=lambda key: float(torch.nanmean(self.losses[key][users])))
 
     def _estimated(self, key: Candidate, fold: int) -> tuple[View, Prior]:
@@ -173,6 +180,9 @@ class Selection:
     def _step(
         self, key: Candidate, learn: Tensor, fold: int, simpler: Callable[[Candidate], tuple[View, Prior]]
     ) -> tuple[View, Prior]:
+        if key == Candidate(key.rounds):
+            view = self.view(learn, fold)
+            return view, population.after(view.learn, self.start(view, fold), key.rounds)
         if key.types:
             view, prior = simpler(key._replace(types=0))
             view, prior = self.narrowed(view, prior, min(MIXED, view.bases.shape[1]), rounds=0)
@@ -180,9 +190,6 @@ class Selection:
         if key.kappa != 1:
             view, prior = simpler(key._replace(kappa=1.0))
             return view, prior.scaled(key.kappa)
-        if key.fitted:
-            view, prior = simpler(key._replace(fitted=False))
-            return view, population.after(view.learn, prior, 5)
         if key.refined:
             return self._refined(*simpler(key._replace(refined=0.0, rank=None)), learn, key.refined, fold)
         return self.narrowed(*simpler(key._replace(rank=None)), key.rank)
@@ -192,9 +199,6 @@ class Selection:
         everybody = torch.ones(len(self.data.user_ids), dtype=torch.bool)
 
         def estimate(wanted: Candidate) -> tuple[View, Prior]:
-            if wanted == Candidate(wanted.rounds, wanted.shrunk):
-                view = self.view(everybody, -1)
-                return view, population.after(view.learn, self.start(view, -1, wanted.shrunk), wanted.rounds)
             return self._step(wanted, everybody, -1, estimate)
 
         return self.narrowed(*estimate(key), None)
@@ -209,15 +213,15 @@ class Selection:
         size = slopes.square().sum(1).mean().sqrt().clamp(min=1e-12)
         return View(bases / size, slopes / size, offset, self._batches(slopes / size, offset, learn))
 
-    def start(self, view: View, fold: int, shrunk: bool) -> Prior:
-        """N(m, s I) where the margins have variance `prior_variance`; m moves the crowd to its more strongly ridged self."""
+    def start(self, view: View, fold: int) -> Prior:
+        """N(m, s I) where the margins have variance `prior_variance`; m moves the crowd to its more strongly ridged self.
+
+        What the crowd's direction says of the people in it beyond that, their own weights say better.
+        """
         k = view.bases.shape[1]
         spread = torch.eye(k, dtype=view.slopes.dtype, device=view.slopes.device) * self.prior_variance
-        if not shrunk:
-            return Prior.gaussian(spread)
-        return Prior.gaussian(
-            spread, view.bases.T @ self.crowds.shifts[:, fold] / view.bases.square().sum(0)
-        )  # orthogonal columns
+        square = view.bases.square().sum(0)  # the columns are orthogonal
+        return Prior.gaussian(spread, view.bases.T @ self.crowds.shifts[:, fold] / square)
 
     def narrowed(self, view: View, prior: Prior, rank: int | None, rounds: int = 5) -> tuple[View, Prior]:
         """The `rank` directions that hold most of the prior variance of the margins, and a few rounds of EM among them alone.
@@ -230,11 +234,15 @@ class Selection:
         return view, prior if rank is None else population.after(view.learn, prior, rounds)
 
     def _refined(self, view: View, prior: Prior, learn: Tensor, ridge: float, fold: int, most: int = 32) -> tuple[View, Prior]:
+        """Bases refined inside the span of the view's: on its few coordinates, without another pass over the embeddings."""
+        size = 1 / view.bases[:, 0].norm()
+        frame = view.bases * size  # orthonormal, as `_bases` left it
+        inside = crowd.Formed(view.slopes * size)
         turn, prior = population.compress(view.slopes, prior, most=most)
-        direction = self.crowds.directions[:, fold]
-        found = population.refine(self.data, self.design, view.offset, learn, view.bases @ turn, prior, direction, ridge=ridge)
-        slopes = self.design.project(found.bases)
-        return View(found.bases, slopes, view.offset, self._batches(slopes, view.offset, learn)), found.prior
+        direction = frame.T @ self.crowds.directions[:, fold]
+        found = population.refine(self.data, inside, view.offset, learn, turn / size, prior, direction, ridge=ridge)
+        slopes = inside.project(found.bases)
+        return View(frame @ found.bases, slopes, view.offset, self._batches(slopes, view.offset, learn)), found.prior
 
     def _bases(self, learn: Tensor, offset: Tensor, fold: int) -> Tensor:
         """(D, K) orthonormal directions: the crowd's own, with both ridges, and those in which users' choices pull away from it.
@@ -266,7 +274,7 @@ class Selection:
         if len(users) > most:
             users = users[torch.linspace(0, len(users) - 1, most, device=users.device).round().long()]
         grouped, scale, out = self.data.grouped(), self.design.scale, []
-        for part in torch.split(users, max(1, 2**24 // max(1, len(scale) * int(grouped.counts.max())))):
+        for part in torch.split(users, max(1, CACHE_BYTES // max(1, 4 * len(scale) * int(grouped.counts.max())))):
             index, real = self._places(part)
             rows = index[real]
             owner = torch.repeat_interleave(torch.arange(len(part), device=rows.device), grouped.counts[part])
@@ -313,11 +321,15 @@ class Selection:
             for rows in batches(self.data.grouped().counts[held], view.slopes.shape[1]):
                 index, real = self._places(held[rows])
                 asked = (self.query[index] & real & ~self.data.tie[index]) * self.data.weight[index]
-                whole = Batch(view.slopes[index], view.offset[index] * real, asked, self._ties(index))
-                margin = whole.offset
+                margin = view.offset[index] * real
                 if prior is not None:
-                    said = whole._replace(weight=((self.place[index] < shots) & real) * self.data.weight[index])
-                    margin = whole.margins(posterior(said, prior, tolerance=1e-3, covariance=False).mean)
+                    said = (self.place[index] < shots) & real
+                    few = torch.argsort(~said, dim=1, stable=True)[:, : int(said.sum(1).max())]  # without the padding
+                    told = index.gather(1, few)
+                    weight = said.gather(1, few) * self.data.weight[told]
+                    support = Batch(view.slopes[told], view.offset[told], weight, self._ties(told))
+                    mean = posterior(support, prior, tolerance=1e-3, covariance=False).mean
+                    margin = torch.baddbmm(margin[..., None], view.slopes[index], mean[..., None])[..., 0]
                 parts.append((rows, margin, asked))
             size = torch.cat([margin[asked > 0].abs() for _, margin, asked in parts]).median().clamp(min=1e-12) / 3
             for rows, margin, asked in parts:
