@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from scipy.optimize import minimize
+from scipy.stats import binomtest
 
 import palate
 from palate.data.leaks import check_leaks
@@ -18,13 +19,15 @@ from palate.data.planted import Planted, one_crowd, simplex_types, two_groups
 from palate.data.splits import split
 from palate.data.synthetic import synthetic
 from palate.errors import LeakError
-from palate.evaluation.bootstrap import Seed, interval, mean
 from palate.models.base import RewardModel
 
 METHODS: dict[str, Callable[[], RewardModel]] = {
     "bt": lambda: palate.BradleyTerry(),
     "lore": lambda: palate.LoRe((2, 4), steps=80),
     "lore-faithful": lambda: palate.LoRe.faithful(3),
+    "mrm": lambda: palate.MRM(),
+    "mrm-faithful": lambda: palate.MRM.faithful(epochs=10),
+    "pref": lambda: palate.PReF((2, 4)),
     "hierarchical": lambda: palate.Hierarchical(8, bend=32, types=(2,)),
 }
 EVERY = pytest.mark.parametrize("name", METHODS)
@@ -94,9 +97,9 @@ def test_3_permuted_labels_give_half(name: str) -> None:
 
     model = palate.fit(flipped(planted.train), METHODS[name]())
     found = accuracies(model, flipped(planted.support), flipped(planted.test_unseen))
-    estimate = interval([Seed(np.arange(len(found)), found, None)], mean)
-    assert estimate.low <= 0.5 <= estimate.high
-    assert estimate.high - estimate.low < 0.06
+    asked = len(planted.test_unseen)
+    # Seven methods, so not at 5 %. What learns from its own test labels is at .6 or more, where this is 1e-20.
+    assert binomtest(round(found.mean() * asked), asked, 0.5).pvalue > 1e-3, found.mean()
 
 
 # -- 4: selection sees the training choices of seen users and nothing else

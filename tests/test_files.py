@@ -63,6 +63,12 @@ MODELS: dict[str, Callable[[], RewardModel]] = {
     "lore": lambda: palate.LoRe((2, 3), steps=20),
     "lore of one rank": lambda: palate.LoRe(2, steps=20, rate=0.2),
     "lore-faithful": lambda: palate.LoRe.faithful(3, few_shot_rate=0.5, seed=4),
+    "mrm": lambda: palate.MRM(),
+    "mrm-faithful": lambda: palate.MRM.faithful(3, inner_rate=5e-3, outer_rate=5e-3, epochs=3),
+    "pref": lambda: palate.PReF((2, 3), start="scores"),
+    "pref, given": lambda: palate.PReF(2, strength=0.2, kappa=1.0),
+    "pref, nobody differs": lambda: palate.PReF(kappa=0.0),
+    "pref-faithful": lambda: palate.PReF.faithful(3, regulariser="diag", few_shot_steps=70, seed=4),
     "hierarchical, gaussian": lambda: palate.Hierarchical(3, bend=0, types=(), kappa=1.0),
     "hierarchical, selected": lambda: palate.Hierarchical(3, bend=8, types=(2,)),
     "hierarchical, nobody differs": lambda: palate.Hierarchical(kappa=0.0, bend=0),
@@ -323,7 +329,7 @@ def test_newer_and_nonsensical_versions(saved: Path) -> None:
 @pytest.mark.parametrize("name", ["Oracle", None, "RewardModel", "os.system", ["LoRe"]])
 def test_unknown_class(saved: Path, name: object) -> None:
     edit(saved, **{"class": name})
-    with pytest.raises(ModelFileError, match=r"holds a .*expected one of BradleyTerry, LoRe, Hierarchical"):
+    with pytest.raises(ModelFileError, match=r"holds a .*expected one of BradleyTerry, LoRe, .*Hierarchical"):
         palate.load_model(saved)
 
 

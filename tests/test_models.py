@@ -24,17 +24,29 @@ from palate.data.pairs import EmbeddedPairs
 from palate.errors import DataError, MismatchError, UnknownUserError
 from palate.models import crowd, files
 from palate.models.base import RewardModel
+from palate.models.meta import ExactSolve, Outer
 from palate.models.subspace import Subspace
 
 METHODS: dict[str, Callable[[], RewardModel]] = {
     "bt": lambda: palate.BradleyTerry(),
     "lore": lambda: palate.LoRe(3, steps=40),
     "lore-faithful": lambda: palate.LoRe.faithful(3),
+    "pref": lambda: palate.PReF((2, 3)),
+    "pref-faithful": lambda: palate.PReF.faithful(3, few_shot_steps=100),
     "hierarchical": lambda: palate.Hierarchical(4, bend=6, types=(2,)),
     "gaussian": lambda: palate.Hierarchical(4, bend=0, types=(), kappa=1.0),
     "nobody differs": lambda: palate.Hierarchical(4, bend=0, kappa=0.0),
+    "mrm": lambda: palate.MRM(3, inner=ExactSolve(), outer=Outer(0.05, 64, 4, "constant", warmup=0.0, ridge=1e-3)),
+    "mrm-faithful": lambda: palate.MRM.faithful(epochs=4),
 }
-CLASSES = {"bt": "BradleyTerry", "lore": "LoRe", "lore-faithful": "LoRe"}  # the others are Hierarchical
+CLASSES = {
+    "pref": "PReF",
+    "pref-faithful": "PReF",
+    "bt": "BradleyTerry",
+    "lore": "LoRe",
+    "lore-faithful": "LoRe",
+}  # the others are Hierarchical
+CLASSES |= {"mrm": "MRM", "mrm-faithful": "MRM"}
 EVERY = pytest.mark.parametrize("name", METHODS)
 
 
@@ -95,7 +107,7 @@ def test_every_class_is_under_contract_and_can_be_saved() -> None:
         below = [kind for kind in waiting.pop().__subclasses__() if kind.__module__.startswith("palate.")]
         waiting += below
         found |= {kind.__name__ for kind in below}
-    assert len(found) == 3
+    assert len(found) == 5
     assert found == files.KINDS.keys() == {type(make()).__name__ for make in METHODS.values()}
     assert all(type(make()).__name__ == CLASSES.get(name, "Hierarchical") for name, make in METHODS.items())
 
@@ -174,7 +186,7 @@ def test_a_batch_is_the_loop_over_users_and_nobody_changes_another(name: str) ->
 
 @EVERY
 def test_another_name_gives_the_same_profile(name: str) -> None:
-    if name == "lore-faithful":
+    if name in ("lore-faithful", "pref-faithful"):
         pytest.skip("the published start is random, and here it is drawn from the user's id")
     renamed = np.array([f"person {99 - int(user[1:])}" for user in OTHERS["users"]])  # the other way round when sorted
     ours, theirs = palate.adapt(fitted(name), everybody()), palate.adapt(fitted(name), pairs_of(OTHERS, users=renamed))
@@ -357,7 +369,9 @@ def nothing_learned() -> dict[str, RewardModel]:
     return {
         "BradleyTerry": palate.BradleyTerry().like({"direction": zeros(5)}),
         "LoRe": palate.LoRe(2).like({"bases": zeros(5, 2), "mean_weights": torch.full((2,), 0.5)}),
+        "PReF": palate.PReF().like({"direction": zeros(5), "bases": zeros(5, 0)}),
         "Hierarchical": palate.Hierarchical().like({"direction": zeros(5), "bases": zeros(5, 0)}),
+        "MRM": palate.MRM(0).like({"direction": zeros(5), "bases": zeros(5, 0)}),
     }
 
 

@@ -37,6 +37,8 @@ if TYPE_CHECKING:
     from palate.models.base import RewardModel, load_model
     from palate.models.factored import BradleyTerry, LoRe
     from palate.models.hierarchical import Hierarchical
+    from palate.models.mrm import MRM
+    from palate.models.pref import PReF
     from palate.report import write_report
     from palate.scoring import Scorer
     from palate.training import fit
@@ -58,6 +60,8 @@ _HOME = {
     "palate.models.base": ("RewardModel", "load_model"),
     "palate.models.factored": ("BradleyTerry", "LoRe"),
     "palate.models.hierarchical": ("Hierarchical",),
+    "palate.models.mrm": ("MRM",),
+    "palate.models.pref": ("PReF",),
     "palate.report": ("write_report",),
     "palate.scoring": ("Scorer",),
     "palate.training": ("fit",),
@@ -88,6 +92,8 @@ __all__ = [  # noqa: RUF022 - in the order of the way through, then the errors
     "Hierarchical",
     "BradleyTerry",
     "LoRe",
+    "PReF",
+    "MRM",
     "load_model",
     "adapt",
     "margins",

@@ -57,11 +57,39 @@ def _lore_faithful() -> "RewardModel":
     return LoRe.faithful()
 
 
+def _mrm() -> "RewardModel":
+    from palate.models.mrm import MRM
+
+    return MRM()
+
+
+def _mrm_faithful() -> "RewardModel":
+    from palate.models.mrm import MRM
+
+    return MRM.faithful()
+
+
+def _pref() -> "RewardModel":
+    from palate.models.pref import PReF
+
+    return PReF()
+
+
+def _pref_faithful() -> "RewardModel":
+    from palate.models.pref import PReF
+
+    return PReF.faithful()
+
+
 METHODS: Mapping[str, Callable[[], "RewardModel"]] = {
     "hierarchical": _hierarchical,
     "bt": _bradley_terry,
     "lore": _lore,
     "lore-faithful": _lore_faithful,
+    "pref": _pref,
+    "pref-faithful": _pref_faithful,
+    "mrm": _mrm,
+    "mrm-faithful": _mrm_faithful,
 }
 
 

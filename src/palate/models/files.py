@@ -34,10 +34,12 @@ class Kind(NamedTuple):
     shapes: Mapping[str, str]
 
 
-# D features, K weights, M bends, T types.
+# D features, K weights, M bends, T types; F outputs of a first layer, H numbers after it, S spreads (K of them or none).
 KINDS = {
     "BradleyTerry": Kind("palate.models.factored", {"direction": "D"}),
     "LoRe": Kind("palate.models.factored", {"bases": "DK", "mean_weights": "K"}),
+    "MRM": Kind("palate.models.mrm", {"direction": "D", "bases": "DF", "hidden": "H", "start": "K", "spread": "S"}),
+    "PReF": Kind("palate.models.pref", {"direction": "D", "bases": "DK", "mean": "K", "factor": "LL"}),
     "Hierarchical": Kind(
         "palate.models.hierarchical",
         {

@@ -20,15 +20,14 @@ def halves(data: EmbeddedPairs, seed: int) -> tuple[Tensor, Tensor]:
     """
     user = data.user_index.repeat(2)
     text = torch.cat([data.chosen, data.rejected])
-    appears = torch.unique(torch.stack([user, text, data.unit.repeat(2)], dim=1), dim=0)
-    held, times = torch.unique(appears[:, :2], dim=0, return_counts=True)
+    held, of_side = _distinct(user, text)
+    appears, _ = _distinct(of_side, data.unit.repeat(2))  # a user's text in a unit
     repeats = torch.zeros(len(data.user_ids), dtype=torch.bool, device=user.device)
-    repeats[held[times > 1, 0]] = True
+    repeats[held[torch.bincount(appears[:, 0]) > 1, 0]] = True
     if float(repeats.float().mean()) <= 0.5:
-        units, of_pair = torch.unique(torch.stack([data.user_index, data.unit], dim=1), dim=0, return_inverse=True)
+        units, of_pair = _distinct(data.user_index, data.unit)
         support = _first_half(units[:, 0], seed, up=True)[of_pair]
         return support, ~support
-    held, of_side = torch.unique(torch.stack([user, text], dim=1), dim=0, return_inverse=True)
     wins = torch.zeros(len(held), dtype=torch.int64, device=user.device)
     wins[of_side[: len(data)]] = 1
     losses = torch.zeros_like(wins)
@@ -37,6 +36,16 @@ def halves(data: EmbeddedPairs, seed: int) -> tuple[Tensor, Tensor]:
     first = _first_half(torch.unique(stratum, return_inverse=True)[1], seed, up=False)[of_side]
     chosen, rejected = first[: len(data)], first[len(data) :]
     return chosen & rejected, ~chosen & ~rejected
+
+
+def _distinct(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+    """The distinct rows (n, 2) of two columns of numbers from 0, in order, and which of them each row is.
+
+    As one number a row, which sorts a hundred times faster than rows do.
+    """
+    width = int(right.max()) + 1 if len(right) else 1
+    key, where = torch.unique(left * width + right, return_inverse=True)
+    return torch.stack([key // width, key % width], dim=1), where
 
 
 def _first_half(group: Tensor, seed: int, *, up: bool) -> Tensor:

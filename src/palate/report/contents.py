@@ -16,6 +16,10 @@ LABELS: Mapping[str, str] = {
     "hierarchical": "Hierarchical",
     "lore": "LoRe",
     "lore-faithful": "LoRe (as published)",
+    "mrm": "MRM",
+    "mrm-faithful": "MRM (as published)",
+    "pref": "PReF",
+    "pref-faithful": "PReF (as published)",
 }
 FEW_USERS, FEW_SEEDS = 30, 10
 _TITLES = {"unseen": "Users the model has never met", "seen": "Users it was fitted on, on choices held out"}
