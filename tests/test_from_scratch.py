@@ -42,7 +42,7 @@ def wide(data: EmbeddedPairs) -> tuple[EmbeddedPairs, torch.Tensor]:
 
 
 def starts(data: EmbeddedPairs, k: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    table = _Table(data, torch.ones(data.embeddings.shape[1], dtype=torch.float64), k, seed)
+    table = _Table(data, torch.ones(data.embeddings.shape[1], dtype=torch.float64), k, 0.0, seed)
     return table.bases.clone(), table.logits.clone()
 
 
@@ -57,6 +57,23 @@ def test_the_published_joint_training(k: int, seed: int, scratch: ModuleType) ->
     torch.testing.assert_close(found * scratch.SCALE, bases, atol=1e-3, rtol=1e-4)
     expected = (z @ bases * mixture[data.user_index]).sum(1) / 100
     torch.testing.assert_close(palate.margins(model, data, profiles), expected, atol=1e-3, rtol=0)
+
+
+def test_penalised_training_is_adam_on_the_penalised_loss(scratch: ModuleType) -> None:
+    data, z = wide(two_groups(1, n_users=12, n_train=40, n_test=1, dim=8).train)
+    ridge, n_users = 0.02, 12
+    table = _Table(data, torch.ones(8, dtype=torch.float64), 3, ridge, 0)
+    bases, logits = (start.requires_grad_() for start in starts(data, 3, 0))
+    adam = torch.optim.Adam([bases, logits], lr=0.1)
+    for _ in range(50):
+        margin = ((z @ bases) * logits.softmax(1)[data.user_index]).sum(1)
+        loss = torch.nn.functional.softplus(-margin).sum() / 40 + n_users * ridge / 2 * bases.square().sum()
+        adam.zero_grad()
+        loss.backward()
+        adam.step()
+    table.run(50, 0.1)
+    torch.testing.assert_close(table.bases, bases.detach(), atol=1e-8, rtol=1e-8)
+    torch.testing.assert_close(table.logits, logits.detach(), atol=1e-8, rtol=1e-8)
 
 
 def test_the_published_few_shot_routine(scratch: ModuleType) -> None:

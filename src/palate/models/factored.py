@@ -24,6 +24,8 @@ from palate.solvers import Batch
 
 Progress = Callable[[float, str], None]  # (share done, what)
 
+PENALTIES = (1e-5, 3e-4, 3e-3)  # ridges of LoRe's bases
+
 
 class BradleyTerry(RewardModel):
     """One reward for everybody: r = mu . e, ridge Bradley-Terry over all pairs (Bradley and Terry 1952).
@@ -78,26 +80,33 @@ class LoRe(RewardModel):
     V and the users' logits are learned jointly, minimising sum_i mean_j nll(margin_ij) by full-batch Adam from N(0, 1) starts
     (the paper's equation 10). New users get V and weights of their own (equation 11).
 
-    The fixed preset (this constructor) scales the features, chooses the number of bases, and when to stop, by the log loss of
-    held-out seen users, and solves the convex few-shot problem exactly. `faithful` is the published code.
+    The fixed preset (this constructor) scales the features, penalises the bases, ridge / 2 |V|^2 beside the mean loss of a user,
+    chooses K and the ridge by the log loss of held-out seen users, and solves the convex few-shot problem exactly. `faithful` is
+    the published code. (Without the penalty the random start never leaves the directions of which the data say little: votes on
+    statements, three splits, .818 of unseen choices against .850.)
 
     Args:
         n_bases: K, or a tuple of candidates.
-        steps: most Adam steps on the joint problem.
+        ridge: the penalty, or None to choose among `PENALTIES`.
+        steps: Adam steps on the joint problem.
         rate: Adam's rate.
     """
 
     bases: Tensor
     mean_weights: Tensor
 
-    def __init__(self, n_bases: int | tuple[int, ...] = (2, 5, 10), *, steps: int = 400, rate: float = 0.1):
+    def __init__(
+        self, n_bases: int | tuple[int, ...] = (2, 5, 10), *, ridge: float | None = None, steps: int = 400, rate: float = 0.1
+    ):
         super().__init__()
         candidates = (n_bases,) if isinstance(n_bases, int) else tuple(n_bases)
         if not candidates or min(candidates) < 1:
             raise DataError(f"n_bases is {n_bases}; expected a positive number of base rewards, or several to choose from")
         if steps < 1 or not rate > 0:
             raise DataError(f"steps is {steps} and rate {rate}; expected at least one step and a positive rate")
-        self.n_bases, self.steps, self.rate = n_bases, steps, rate
+        if ridge is not None and not 0 <= ridge < float("inf"):
+            raise DataError(f"ridge is {ridge}; expected a number of at least 0, or None to choose it on held-out users")
+        self.n_bases, self.ridge, self.steps, self.rate = n_bases, ridge, steps, rate
         self._faithful: dict[str, Any] | None = None
         self.inference: Inference = Simplex()
         self.register_buffer("bases", torch.zeros(0, 0))
@@ -110,21 +119,21 @@ class LoRe(RewardModel):
         Raw embeddings, logits divided by 100, Adam at .5 for 1,000 full-batch steps from N(0, 1); seen users keep the weights of
         the joint table; a new user's logits start at N(0, 1) and take 500 Adam steps at `few_shot_rate` (.1; .5 on PRISM).
         """
-        out = cls(n_bases, steps=1000, rate=0.5)
+        out = cls(n_bases, ridge=0.0, steps=1000, rate=0.5)
         out._faithful = {"few_shot_rate": few_shot_rate, "seed": seed}
         out.inference = Steps(500, few_shot_rate, seed)
         return out
 
     def options(self) -> dict[str, Any]:
         n_bases = self.n_bases if isinstance(self.n_bases, int) else list(self.n_bases)
-        return {"n_bases": n_bases, "steps": self.steps, "rate": self.rate, "faithful": self._faithful}
+        return {"n_bases": n_bases, "ridge": self.ridge, "steps": self.steps, "rate": self.rate, "faithful": self._faithful}
 
     @classmethod
     def from_options(cls, options: dict[str, Any]) -> Self:
         n_bases = options["n_bases"] if isinstance(options["n_bases"], int) else tuple(options["n_bases"])
         if options["faithful"] is not None:
             return cls.faithful(options["n_bases"], **options["faithful"])
-        return cls(n_bases, steps=options["steps"], rate=options["rate"])
+        return cls(n_bases, ridge=options.get("ridge"), steps=options["steps"], rate=options["rate"])
 
     @property
     def n_features(self) -> int:
@@ -147,30 +156,29 @@ class LoRe(RewardModel):
                 raise DataError(f"n_bases is {self.n_bases}; the faithful preset takes one number")
             raw = data.embeddings
             scale = torch.full((raw.shape[1],), 0.01, dtype=raw.dtype, device=raw.device)
-            table = _Table(data, scale, self.n_bases, seed)
+            table = _Table(data, scale, self.n_bases, 0.0, seed)
             table.run(self.steps, self.rate, lambda share: progress(share, "LoRe, as published"))
             return self._with(table, {}), table.weights()
         _, scale = crowd.standard_scale(data)
-        candidates = (self.n_bases,) if isinstance(self.n_bases, int) else self.n_bases
+        sizes = (self.n_bases,) if isinstance(self.n_bases, int) else self.n_bases
+        penalties = PENALTIES if self.ridge is None else (self.ridge,)
+        candidates = [(k, ridge) for k in sizes for ridge in penalties]
         fold = crowd.user_folds(len(data.user_ids), seed, enough=1, most=1)
-        best, curve = (candidates[len(candidates) // 2], self.steps), []
-        if bool((fold >= 0).any()):
-            stops = sorted({max(1, self.steps * k // 8) for k in range(1, 9)})
+        best, curve = candidates[len(candidates) // 2], []
+        if bool((fold >= 0).any()) and len(candidates) > 1:
             held = (fold >= 0).to(data.user_index.device)[data.user_index]
-            lowest = float("inf")
-            for i, k in enumerate(candidates):
-                table = _Table(data[~held], scale, k, seed)
-                for stop in stops:
-                    table.run(stop - table.taken, self.rate)
-                    loss = _held_out_loss(self._with(table, {}), data[held], seed)
-                    curve.append({"n_bases": k, "steps": stop, "log_loss": loss})
-                    if loss < lowest:
-                        lowest, best = loss, (k, stop)
+            learn, ask = data[~held], data[held]
+            for i, (k, ridge) in enumerate(candidates):
+                table = _Table(learn, scale, k, ridge, seed)
+                table.run(self.steps, self.rate)
+                curve.append({"n_bases": k, "ridge": ridge, "log_loss": _held_out_loss(self._with(table, {}), ask, seed)})
                 progress((i + 1) / (len(candidates) + 1), "LoRe, choosing the number of bases")
-        table = _Table(data, scale, best[0], seed)
-        table.run(best[1], self.rate)
+            found = min(curve, key=lambda row: row["log_loss"])
+            best = int(found["n_bases"]), float(found["ridge"])
+        table = _Table(data, scale, *best, seed)
+        table.run(self.steps, self.rate)
         progress(1.0, "LoRe")
-        return self._with(table, {"selection": {"n_bases": best[0], "steps": best[1], "curve": curve}}), None
+        return self._with(table, {"selection": {"n_bases": best[0], "ridge": best[1], "curve": curve}}), None
 
     def _with(self, table: "_Table", record: dict[str, Any]) -> "LoRe":
         out = self.like({"bases": table.scale[:, None] * table.bases, "mean_weights": table.weights().mean(0)})
@@ -181,8 +189,9 @@ class LoRe(RewardModel):
 class _Table:
     """The joint problem of LoRe: bases (D, K) and one row of logits per user, by full-batch Adam; the gradient is closed-form."""
 
-    def __init__(self, data: EmbeddedPairs, scale: Tensor, k: int, seed: int):
+    def __init__(self, data: EmbeddedPairs, scale: Tensor, k: int, ridge: float, seed: int):
         self.scale, self.taken = scale, 0
+        self.ridge = ridge * len(data.user_ids)  # the losses of users are summed
         self.design, self.user, self.tie = crowd.Rescaled(data.differences(), scale), data.user_index, data.tie
         weight = data.weight.to(scale)
         total = weight.new_zeros(len(data.user_ids)).index_add_(0, data.user_index, weight)
@@ -203,6 +212,8 @@ class _Table:
             projected = self.design.project(self.bases)
             slope = likelihood.gradient((projected * own).sum(1), tied) * self.share
             to_bases = self.design.back(slope[:, None] * own)
+            if self.ridge:
+                to_bases = to_bases + self.ridge * self.bases
             to_weights = torch.zeros_like(w).index_add_(0, self.user, slope[:, None] * projected)
             to_logits = w * (to_weights - (w * to_weights).sum(1, keepdim=True))
             self.taken += 1

@@ -26,7 +26,7 @@ WIDTHS = (0.03, 0.1, 0.3, 1.0)  # kappas with which rounds are compared
 RANKS = (1, 2, 4, 8, 16)
 REFINEMENTS = (1e-4, 1e-3)  # ridge of the refined bases
 MIXED = 16  # most directions in which types are looked for
-KAPPAS = (0.003, 0.01, 0.03, 0.1, 0.25, 0.5, 1.0, 2.0, 4.0, 16.0, 64.0, 256.0)
+KAPPAS = (0.003, 0.01, 0.03, 0.1, 0.25, 0.5, 1.0, 2.0, 4.0, 16.0, 64.0, 256.0, 1024.0, 4096.0)
 SHOTS = ((1, 1 / 6), (2, 1 / 6), (5, 1 / 6), (10**6, 1 / 2))  # choices, and what the loss after them counts
 
 
@@ -136,13 +136,16 @@ class Selection:
         narrow = [best._replace(rank=rank) for rank in RANKS if rank < width] if best.rounds else []
         best = self._surely(self._try(narrow, best, lambda share: progress(0.5 + 0.1 * share)), best, errors=1)
         refined = [best._replace(rank=None, refined=ridge) for ridge in REFINEMENTS]
-        # A refinement is dear: the first fold says which one, and whether it is worth the others.
-        hopeful = self._try(refined, best, lambda share: progress(0.6 + 0.05 * share), folds=1)
+        # A refinement is dear: only where people surely differ, and the first fold says which one, and whether to go on.
+        sure = loss > 2 * error
+        hopeful = self._try(refined, best, lambda share: progress(0.6 + 0.05 * share), folds=1) if sure else best
         if hopeful != best:
             best = self._surely(self._try([hopeful], best, lambda share: progress(0.65 + 0.05 * share)), best)
         scaled = [best._replace(kappa=kappa) for kappa in kappas]
         lowest = self._surely(self._try(scaled, best, lambda share: progress(0.7 + 0.1 * share)), best)
-        best = next(key for key in scaled if key.kappa >= lowest.kappa or self._near(key, lowest))
+        if lowest.kappa <= 1:  # a spread that is surely wider than EM found needs no caution towards the crowd
+            lowest = next(key for key in scaled if key.kappa >= lowest.kappa or self._near(key, lowest))
+        best = lowest
         if self._surely(best, CROWD) == CROWD:
             return CROWD
         mixed = [best._replace(types=number) for number in types]

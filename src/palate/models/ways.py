@@ -26,7 +26,7 @@ Progress = Callable[[float, str], None]  # (share done, what)
 
 INNERS: dict[str, Callable[..., Inner]] = {"GradientSteps": GradientSteps, "ExactSolve": ExactSolve}
 PARTS: dict[str, Callable[..., Any]] = {**INNERS, "Outer": Outer, "Mean": Mean, "RPO": RPO, "CVaR": CVaR}
-RIDGES = (1e-4, 1e-3)  # of the bases
+RIDGES = (3e-4, 3e-3)  # of the bases
 SIGNED, MIXED = 32, 4  # most bases with weights of either sign, and on the simplex
 MARGIN_VARIANCE = 4.0  # of the personal part before any learning, in squared log-odds
 SHOTS = ((1, 1 / 6), (2, 1 / 6), (5, 1 / 6), (10**6, 1 / 2))  # choices, and what the error after them counts
@@ -88,7 +88,7 @@ class Choice:
         for simplex in (False, True) if free else (bool(wanted.simplex),):
             inner = wanted.inner or (GradientSteps(0.5, 5) if simplex else ExactSolve())
             k = wanted.n_bases if wanted.n_bases is not None else MIXED if simplex else SIGNED
-            plain = Outer(0.05, 256, 20, "constant", warmup=0.0)
+            plain = Outer(0.05, 256, 40, "constant", warmup=0.0)
             outers = [replace(plain, ridge=ridge) for ridge in RIDGES] if wanted.outer is None else [wanted.outer]
             out += [Way(Shape(k, wanted.widths, wanted.bias, simplex), inner, outer) for outer in outers]
         return out
