@@ -31,11 +31,11 @@ LAYERS = [
     {"priors", "solvers"},
     {"models", "encoders", "data.*"},
     {"adaptation"},
-    {"training", "questions", "store"},
+    {"training", "questions", "store", "carrying", "growing", "naming"},
     {"evaluation", "scoring", "judges", "scale"},
-    {"report", "alignment", "audit"},
+    {"report", "alignment", "audit", "runs"},
     {"server"},
-    {"studio", "cli", "doctor", "terminal", "__main__"},
+    {"studio", "cli", "doctor", "terminal", "training_cli", "__main__"},
 ]
 # Everything an extra of pyproject.toml brings, by the name it is imported under.
 OPTIONAL = (
@@ -134,7 +134,10 @@ def test_what_is_never_written(path: Path) -> None:
             assert not names & {"pickle", "dill", "joblib", "random"}, f"{path}:{node.lineno}: {names}"
         if isinstance(node, ast.Call):
             call = ast.unparse(node.func)
-            assert call not in {"print", "eval", "exec", "torch.load", "torch.save", "torch.manual_seed", "np.random.seed"}, (
+            if call == "torch.load":  # other people's files, of which nothing may run
+                safe = any(word.arg == "weights_only" and ast.unparse(word.value) == "True" for word in node.keywords)
+                assert safe, f"{path}:{node.lineno}: torch.load without weights_only=True"
+            assert call not in {"print", "eval", "exec", "torch.save", "torch.manual_seed", "np.random.seed"}, (
                 f"{path}:{node.lineno}: {call}"
             )
         if isinstance(node, ast.ExceptHandler):

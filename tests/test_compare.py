@@ -11,7 +11,7 @@ import palate
 from palate.data.embeddings import Dense, Embeddings
 from palate.data.pairs import Choice, EmbeddedPairs, PairSet, Text
 from palate.data.planted import two_groups
-from palate.data.splits import Split
+from palate.data.splits import Split, unit_labels
 from palate.data.synthetic import Population, synthetic
 from palate.encoders import Encoder
 from palate.errors import DataError, LeakError, PalateError
@@ -118,15 +118,11 @@ def test_fit_is_given_the_training_rows_and_nothing_else(pairs: PairSet) -> None
     for data, facts, seed in zip(spy.given, done.splits, (3, 5), strict=True):
         split = palate.split(pairs, by="conversation", seed=seed)
         train, tests = pairs[split.train], np.concatenate([split.test_seen, split.test_unseen])
-        assert data.fingerprint() == Counting().embed(pairs, unit=data_units(pairs))[split.train].fingerprint()
+        assert data.fingerprint() == Counting().embed(pairs, unit=unit_labels(pairs, "conversation"))[split.train].fingerprint()
         assert len(data) == len(train) == facts.pairs["train"]
         shown = {(u, frozenset(p)) for u, *p in zip(pairs.users[tests], pairs.chosen[tests], pairs.rejected[tests], strict=True)}
         learnt = {(u, frozenset(p)) for u, *p in zip(train.users, train.chosen, train.rejected, strict=True)}
         assert shown.isdisjoint(learnt)
-
-
-def data_units(pairs: PairSet) -> list[str]:
-    return [str(c) for c in pairs.conversation]
 
 
 def test_a_cell_is_what_evaluate_says(pairs: PairSet) -> None:

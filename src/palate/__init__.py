@@ -16,6 +16,7 @@ from palate.version import __version__
 
 if TYPE_CHECKING:
     from palate.adaptation import Profile, Profiles, adapt, margins
+    from palate.carrying import carry
     from palate.data.embeddings import Dense, Embeddings, Joined, OneHot
     from palate.data.pairs import Choice, EmbeddedPairs, Message, PairSet, Text
     from palate.data.readers import load_pairs
@@ -34,17 +35,22 @@ if TYPE_CHECKING:
         UnknownUserError,
     )
     from palate.evaluation import Evaluation, compare, evaluate
+    from palate.growing import grow
     from palate.models.base import RewardModel, load_model
     from palate.models.factored import BradleyTerry, LoRe
     from palate.models.hierarchical import Hierarchical
     from palate.models.mrm import MRM
     from palate.models.pref import PReF
+    from palate.models.published import PublishedPairs, load_published_mrm, load_published_pairs
+    from palate.naming import Naming, name_bases, name_profile
     from palate.report import write_report
+    from palate.runs import train
     from palate.scoring import Scorer
     from palate.training import fit
 
 _HOME = {
     "palate.adaptation": ("Profile", "Profiles", "adapt", "margins"),
+    "palate.carrying": ("carry",),
     "palate.data.embeddings": ("Dense", "Embeddings", "Joined", "OneHot"),
     "palate.data.pairs": ("Choice", "EmbeddedPairs", "Message", "PairSet", "Text"),
     "palate.data.readers": ("load_pairs",),
@@ -57,12 +63,16 @@ _HOME = {
         *("MissingExtraError", "ModelFileError", "PalateError", "UnknownUserError"),
     ),
     "palate.evaluation": ("Evaluation", "compare", "evaluate"),
+    "palate.growing": ("grow",),
     "palate.models.base": ("RewardModel", "load_model"),
     "palate.models.factored": ("BradleyTerry", "LoRe"),
     "palate.models.hierarchical": ("Hierarchical",),
     "palate.models.mrm": ("MRM",),
     "palate.models.pref": ("PReF",),
+    "palate.models.published": ("PublishedPairs", "load_published_mrm", "load_published_pairs"),
+    "palate.naming": ("Naming", "name_bases", "name_profile"),
     "palate.report": ("write_report",),
+    "palate.runs": ("train",),
     "palate.scoring": ("Scorer",),
     "palate.training": ("fit",),
 }
@@ -94,11 +104,20 @@ __all__ = [  # noqa: RUF022 - in the order of the way through, then the errors
     "LoRe",
     "PReF",
     "MRM",
+    "train",
+    "load_published_pairs",
+    "load_published_mrm",
+    "PublishedPairs",
     "load_model",
     "adapt",
     "margins",
     "Profile",
     "Profiles",
+    "grow",
+    "carry",
+    "name_bases",
+    "name_profile",
+    "Naming",
     "Scorer",
     "evaluate",
     "compare",

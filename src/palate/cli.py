@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, BinaryIO
 
 import typer
 
-from palate import terminal
+from palate import terminal, training_cli
 from palate.errors import DataError
 from palate.version import __version__
 
@@ -145,6 +145,9 @@ def fit(
     terminal.save_encoder(features, out)
     terminal.note(f"{method}, fitted on {pairs!r}")
     terminal.say(str(out))
+
+
+app.command("train")(training_cli.train)
 
 
 @app.command()

@@ -348,9 +348,9 @@ class EmbeddedPairs:
         return differences
 
     def fingerprint(self) -> str:
-        """SHA-256 over users, indices, ties, weights and a projection of the table: the record of what a model saw."""
+        """SHA-256 over users, indices, units, ties, weights and a projection of the table: the record of what a model saw."""
         digest = hashlib.sha256("\x00".join(self.user_ids).encode("utf-8", "surrogatepass"))
-        for column in (self.chosen, self.rejected, self.user_index, self.tie, self.weight):
+        for column in (self.chosen, self.rejected, self.user_index, self.unit, self.tie, self.weight):
             digest.update(column.cpu().numpy().tobytes())
         ramp = torch.linspace(-1, 1, self.embeddings.shape[1])[:, None].to(self.embeddings.device)
         digest.update(self.embeddings.project(ramp).double().cpu().numpy().tobytes())

@@ -158,8 +158,9 @@ class State:
     def save(self, path: str | Path) -> None:
         """Write one safetensors file, atomically. It holds no user."""
         path = Path(path)
-        meta = {"format": "palate-training", "version": "1", "head": json.dumps(self.head)}
-        meta |= {"epoch": str(self.epoch), "steps": str(self.steps)}
+        # One key, because safetensors writes several in random order and the same state should be the same bytes.
+        head = {"format": "palate-training", "version": 1, "epoch": self.epoch, "steps": self.steps, "head": self.head}
+        meta = {"state": json.dumps(head)}
         partial = path.with_name(path.name + ".partial")
         save_file({name: t.detach().cpu().contiguous() for name, t in self.numbers.items()}, str(partial), metadata=meta)
         partial.replace(path)
@@ -169,13 +170,14 @@ class State:
         """Read a file written by `save`. Raises `ModelFileError` for anything else."""
         try:
             with safe_open(str(path), framework="pt") as opened:
-                meta = opened.metadata() or {}
+                found = opened.metadata() or {}
+            meta = json.loads(found["state"]) if "state" in found else found
             # A clone, because products of numbers that begin elsewhere in memory can differ in the last bit.
             numbers = {name: tensor.clone() for name, tensor in load_file(str(path)).items()}
-            if (meta.get("format"), meta.get("version")) != ("palate-training", "1"):
+            if (meta.get("format"), meta.get("version")) != ("palate-training", 1):
                 raise ValueError(f"it is {meta.get('format', 'a foreign file')} version {meta.get('version')}")
-            return cls(int(meta["epoch"]), int(meta["steps"]), numbers, json.loads(meta["head"]))
-        except (SafetensorError, OSError, ValueError, KeyError) as error:
+            return cls(int(meta["epoch"]), int(meta["steps"]), numbers, dict(meta["head"]))
+        except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise ModelFileError(f"{path} cannot be read as training ({error}); expected a file of State.save") from error
 
 
