@@ -254,6 +254,7 @@ def _main_table(evaluation: Evaluation) -> list[str]:
         "worst decile",
         f"minus {base}",
         "log loss",
+        "parameters",
         "users",
         "choices",
         "fit, s",
@@ -268,7 +269,8 @@ def _main_table(evaluation: Evaluation) -> list[str]:
         ]
         spread = "" if row["accuracy_std"] is None else f" ({row['accuracy_std']:.3f})"
         cells = [method, cohort, f"{row['accuracy']:.4f}{spread}", gains[0], f"{row['worst_10']:.3f}", gains[1]]
-        cells += [f"{row['log_loss']:.4f}", f"{row['n_users']:.0f}", f"{row['n_support']:.0f}", f"{row['fit_seconds'] or 0:.1f}"]
+        cells += [f"{row['log_loss']:.4f}", f"{row['n_parameters']:,}", f"{row['n_users']:.0f}", f"{row['n_support']:.0f}"]
+        cells.append(f"{row['fit_seconds'] or 0:.1f}")
         lines.append(_line(cells))
     return lines
 

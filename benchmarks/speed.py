@@ -6,6 +6,9 @@
 |------------|-----------------------------------------------------------------------------------------------------------------|
 | `few-shot` | 1,000 users x 9 choices, K = 10, D = 4096: one batched `adapt` against 500 Adam steps for one user after another |
 | `fit`      | `Hierarchical()` on 640 users x 20 choices over 25,600 distinct texts, D = 4096                                  |
+| `people`   | the same on features with a decaying spectrum, where people are seen to differ                                    |
+| `meta`     | time to the final unseen accuracy of the published MRM loop: 640 users x 20 choices, D = 4096                    |
+| `pref`     | a user's weights: one batched MAP against 5,000 SGD steps                                                        |
 | `many`     | 100,000 users x 10 choices adapted at K = 8                                                                      |
 | `votes`    | `Hierarchical()` on choices made of votes: 154 users x 40 choices over 150 items, one-hot                        |
 
@@ -32,6 +35,7 @@ import torch
 from examples.from_scratch import few_shot as one_user_at_a_time
 from torch import Tensor
 
+from benchmarks import loops
 from palate.adaptation import Profiles, adapt, pad, pair_design
 from palate.data.embeddings import Embeddings, OneHot
 from palate.data.pairs import EmbeddedPairs
@@ -145,6 +149,12 @@ def fitting() -> Result:
     return _fit_result(data, {"users": users, "pairs": n, "features": d, "texts": len(data.embeddings)}, RUNS)
 
 
+def people() -> Result:
+    """`fit` where the spectrum of the features decays as that of embeddings does, and people are seen to differ."""
+    data = loops.people(640, 20, 1, 4096, unseen=1)[0]
+    return _fit_result(data, {"users": 640, "pairs": 20, "features": 4096, "texts": len(data.embeddings)}, RUNS)
+
+
 def votes() -> Result:
     """`fit` of the default model on the sizes of a Polis conversation."""
     users, n, items, rank = 154, 40, 150, 5
@@ -228,7 +238,15 @@ def _stages(model: RewardModel, data: EmbeddedPairs) -> dict[str, float]:
     return dict(zip(("sort by user", "project and difference", "pad", "solve"), np.diff(marks).tolist(), strict=True))
 
 
-CASES: dict[str, Callable[[], Result]] = {"few-shot": few_shot, "fit": fitting, "many": many, "votes": votes}
+CASES: dict[str, Callable[[], Result]] = {
+    "few-shot": few_shot,
+    "fit": fitting,
+    "people": people,
+    "meta": loops.meta,
+    "pref": loops.pref,
+    "many": many,
+    "votes": votes,
+}
 
 
 def machine() -> Result:
