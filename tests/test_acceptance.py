@@ -203,6 +203,13 @@ def test_8_ten_types_are_known_at_least_as_well_as_lore_knows_them() -> None:
         assert personal > unseen(palate.fit(planted.train, palate.LoRe()), planted) - 0.01
 
 
+def test_8_one_base_reward_is_enough_for_two_groups() -> None:
+    planted = two_groups(8, n_users=100, n_train=30, n_test=50, dim=24)
+    model = palate.fit(planted.train, palate.Hierarchical(1))
+    assert model.n_weights == 1
+    assert unseen(model, planted) >= planted.crowd_unseen + 0.05
+
+
 # -- 9: one batched solve, everybody's own problem
 
 

@@ -35,7 +35,7 @@ class Hierarchical(RewardModel):
     """Population of users around a crowd: r_i(e) = crowd(e) + w_i . V^T e, w_i ~ mixture of Gaussians, learned.
 
     Args:
-        n_bases: most base rewards to look for; as many are kept as hold 99.5 % of the prior variance of the margins.
+        n_bases: most base rewards to keep; as many are kept as hold 99.5 % of the prior variance of the margins.
         bend: random Fourier features of the crowd's reward; 0 keeps it linear. They are used only where held-out users gain.
         types: numbers of mixture components to try beside the plain Gaussian; () for none.
         kappa: multiplier of the prior covariance. None chooses it, and how people differ, on held-out users, 0 included (then
@@ -170,11 +170,11 @@ class _Estimation:
             return None, CROWD
         selection = self._selection(straight, offsets)
         if not selection.folds:  # too few users to hold any out
-            return selection, Candidate(ROUNDS[-1], kappa=1.0 if model.kappa is None else model.kappa)
+            return selection, Candidate(ROUNDS[-1], rank=model.n_bases, kappa=1.0 if model.kappa is None else model.kappa)
         if model.kappa is None:
             chosen = selection.select(KAPPAS, model.types, lambda share: self.progress(done + 0.35 * share, "how people differ"))
         else:
-            chosen = Candidate(ROUNDS[-1], kappa=model.kappa)
+            chosen = Candidate(ROUNDS[-1], rank=model.n_bases, kappa=model.kappa)
             selection.judge(chosen)
         self.record["population"] = {"curve": selection.curve(), "chosen": chosen._asdict()}
         return selection, chosen

@@ -24,7 +24,9 @@ from palate.solvers import Batch, batches, posterior
 ROUNDS = (0, 10, 40)
 WIDTHS = (0.03, 0.1, 0.3, 1.0)  # kappas with which rounds are compared
 RANKS = (1, 2, 4, 8, 16)
+REFINED = 32  # most directions that are refined
 REFINEMENTS = (1e-4, 1e-3)  # ridge of the refined bases
+WIDE = 128  # directions among which people's differences are looked for, however few are kept
 MIXED = 16  # most directions in which types are looked for
 KAPPAS = (0.003, 0.01, 0.03, 0.1, 0.25, 0.5, 1.0, 2.0, 4.0, 16.0, 64.0, 256.0, 1024.0, 4096.0)
 SHOTS = ((1, 1 / 6), (2, 1 / 6), (5, 1 / 6), (10**6, 1 / 2))  # choices, and what the loss after them counts
@@ -125,15 +127,16 @@ class Selection:
             for number, prior in enumerate(itertools.chain([first], learned)):
                 if number in ROUNDS:
                     self.known[f, Candidate(number)] = view, prior
-        best = Candidate(ROUNDS[-1])
-        wide = [Candidate(number, kappa=kappa) for number in ROUNDS for kappa in WIDTHS]
+        width = self.known[0, Candidate(0)][0].bases.shape[1]
+        cap = self.n_bases if self.n_bases < width else None
+        best = Candidate(ROUNDS[-1], rank=cap)
+        wide = [Candidate(number, rank=cap, kappa=kappa) for number in ROUNDS for kappa in WIDTHS]
         promising = self._try(wide, best, lambda share: progress(0.3 + 0.2 * share))
         loss, error = self.worse(CROWD, promising)
         if loss <= error:
             return CROWD
         best = self._surely(promising, best)._replace(kappa=1.0)
-        width = self.known[0, best][0].bases.shape[1]
-        narrow = [best._replace(rank=rank) for rank in RANKS if rank < width] if best.rounds else []
+        narrow = [best._replace(rank=rank) for rank in RANKS if rank < (cap or width)] if best.rounds else []
         best = self._surely(self._try(narrow, best, lambda share: progress(0.5 + 0.1 * share)), best, errors=1)
         refined = [best._replace(rank=None, refined=ridge) for ridge in REFINEMENTS]
         # A refinement is dear: only where people surely differ, and the first fold says which one, and whether to go on.
@@ -209,7 +212,7 @@ class Selection:
     # -- estimating
 
     def view(self, learn: Tensor, fold: int) -> View:
-        """The wide basis of the learning users: up to `n_bases` directions, their margins of unit variance in all."""
+        """The wide basis of the learning users: up to `WIDE` directions, their margins of unit variance in all."""
         offset = self.crowds.offsets[:, fold]
         bases = self._bases(learn, offset, fold)
         slopes = self.design.project(bases)
@@ -236,12 +239,12 @@ class Selection:
         view = View(view.bases @ turn, view.slopes @ turn, view.offset, learn)
         return view, prior if rank is None else population.after(view.learn, prior, rounds)
 
-    def _refined(self, view: View, prior: Prior, learn: Tensor, ridge: float, fold: int, most: int = 32) -> tuple[View, Prior]:
+    def _refined(self, view: View, prior: Prior, learn: Tensor, ridge: float, fold: int) -> tuple[View, Prior]:
         """Bases refined inside the span of the view's: on its few coordinates, without another pass over the embeddings."""
         size = 1 / view.bases[:, 0].norm()
         frame = view.bases * size  # orthonormal, as `_bases` left it
         inside = crowd.Formed(view.slopes * size)
-        turn, prior = population.compress(view.slopes, prior, most=most)
+        turn, prior = population.compress(view.slopes, prior, most=min(REFINED, self.n_bases))
         direction = frame.T @ self.crowds.directions[:, fold]
         found = population.refine(self.data, inside, view.offset, learn, turn / size, prior, direction, ridge=ridge)
         slopes = inside.project(found.bases)
@@ -252,11 +255,12 @@ class Selection:
 
         The pull of user i is the gradient of their log-likelihood at the crowd's reward, g_i = sum_j sigma(-m_ij) z_ij,
         centred over users; its leading right singular vectors are the directions of disagreement. With no more columns than
-        bases, all of them.
+        that, all of them.
         """
+        wide = max(WIDE, self.n_bases)
         scale = self.design.scale
         live = torch.nonzero(scale)[:, 0]
-        if len(live) <= self.n_bases:
+        if len(live) <= wide:
             bases = scale.new_zeros(len(scale), len(live))
             bases[live, torch.arange(len(live), device=bases.device)] = 1
             return bases
@@ -265,7 +269,7 @@ class Selection:
         pulls = pulls - pulls.mean(0)
         size, left = torch.linalg.eigh((pulls @ pulls.T).double())
         size, left = size.flip(0), left.flip(1)
-        kept = max(0, min(self.n_bases - 2, int((size > 1e-6 * size[0].clamp(min=1e-30)).sum())))
+        kept = max(0, min(wide - 2, int((size > 1e-6 * size[0].clamp(min=1e-30)).sum())))
         right = pulls.T @ (left[:, :kept] / size[:kept].sqrt()).to(pulls)
         own = torch.stack([self.crowds.directions[:, fold], self.crowds.shifts[:, fold]], dim=1)
         orthonormal: Tensor = torch.linalg.qr(torch.cat([own, right], dim=1))[0]
