@@ -138,7 +138,7 @@ class Selection:
         best = self._surely(promising, best)._replace(kappa=1.0)
         narrow = [best._replace(rank=rank) for rank in RANKS if rank < (cap or width)] if best.rounds else []
         best = self._surely(self._try(narrow, best, lambda share: progress(0.5 + 0.1 * share)), best, errors=1)
-        refined = [best._replace(rank=None, refined=ridge) for ridge in REFINEMENTS]
+        refined = [best._replace(rank=None, refined=ridge) for ridge in REFINEMENTS if self.n_bases > 1]
         # A refinement is dear: only where people surely differ, and the first fold says which one, and whether to go on.
         sure = loss > 2 * error
         hopeful = self._try(refined, best, lambda share: progress(0.6 + 0.05 * share), folds=1) if sure else best
@@ -244,7 +244,7 @@ class Selection:
         size = 1 / view.bases[:, 0].norm()
         frame = view.bases * size  # orthonormal, as `_bases` left it
         inside = crowd.Formed(view.slopes * size)
-        turn, prior = population.compress(view.slopes, prior, most=min(REFINED, self.n_bases))
+        turn, prior = population.compress(view.slopes, prior, most=min(REFINED, self.n_bases - 1))  # and the shift
         direction = frame.T @ self.crowds.directions[:, fold]
         found = population.refine(self.data, inside, view.offset, learn, turn / size, prior, direction, ridge=ridge)
         slopes = inside.project(found.bases)
