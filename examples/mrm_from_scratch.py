@@ -91,7 +91,7 @@ def train(
     ones judge it; both are drawn anew each epoch. `watch(epoch, V, w0)` is called after each: to test new people as it goes on.
     """
     V, w0 = V.clone().requires_grad_(), w0.clone().requires_grad_()
-    total = len(people) * settings.epochs // settings.people_a_step
+    total = math.ceil(len(people) / settings.people_a_step) * settings.epochs
     adam = torch.optim.Adam([V, w0], lr=settings.outer_rate)
     rates = torch.optim.lr_scheduler.LambdaLR(adam, lambda step: schedule(step, total))
     for epoch in range(settings.epochs):

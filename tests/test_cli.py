@@ -383,3 +383,10 @@ def test_demo(palate_command: Run, tmp_path: Path) -> None:
     assert str(tmp_path / "demo" / "report.html") in out
     for method in ("bt", "lore", "hierarchical"):
         assert method in out
+
+
+def test_a_method_is_named_once(palate_command: Run, tmp_path: Path) -> None:
+    rows = write(tmp_path / "rows.jsonl", GOOD)
+    code, _, err = palate_command("compare", rows, "--methods", "bt,bt", "--out", tmp_path / "out")
+    assert code == 2
+    assert "each method once" in err

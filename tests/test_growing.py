@@ -15,6 +15,7 @@ from palate.adaptation import Profiles, adapt, margins, pair_design
 from palate.carrying import carry, linear
 from palate.data.embeddings import Dense
 from palate.data.pairs import EmbeddedPairs
+from palate.data.planted import two_groups
 from palate.errors import DataError, MismatchError
 from palate.growing import _Growth, grow
 from palate.models.base import RewardModel
@@ -494,3 +495,10 @@ def test_single_and_double_precision_grow_alike() -> None:
     single, double = grow(one_base(), data), grow(one_base(), half)
     assert single.n_weights == double.n_weights
     assert margins(single, data).numpy() == pytest.approx(margins(double, half).numpy(), abs=1e-4)
+
+
+def test_new_users_of_one_choice_each_bring_no_base() -> None:
+    planted = two_groups(0, n_users=40, n_train=20, n_test=1, dim=8)
+    model = palate.fit(planted.train)
+    one = planted.support[torch.unique(planted.support.user_index) * 20]
+    assert palate.grow(model, one).n_weights == model.n_weights

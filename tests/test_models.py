@@ -513,3 +513,45 @@ def test_a_method_that_says_nothing_is_told_what_to_say() -> None:
             attempt()
     with pytest.raises(DataError, match="Newton needs a prior over the weights, and this model has none"):
         palate.models.base.Newton().solve(None, None, ())  # type: ignore[arg-type]
+
+
+# -- what must not go wrong silently
+
+
+@pytest.mark.parametrize("name", ["pref", "lore", "hierarchical", "mrm"])
+def test_which_side_of_a_tie_came_first_says_nothing(name: str) -> None:
+    rng = np.random.default_rng(0)
+    n = 24 * 10
+    tie = rng.random(n) < 0.4
+    table, users = rng.standard_normal((2 * n, 5)), np.repeat([f"u{i:02d}" for i in range(24)], 10)
+    sides = np.arange(n), n + np.arange(n)
+    there = EmbeddedPairs(table, *sides, users, tie=tie)
+    back = EmbeddedPairs(table, np.where(tie, sides[1], sides[0]), np.where(tie, sides[0], sides[1]), users, tie=tie)
+    ours, theirs = palate.fit(there, METHODS[name]()), palate.fit(back, METHODS[name]())
+    torch.testing.assert_close(palate.margins(ours, there), palate.margins(theirs, there), atol=1e-4, rtol=1e-4)
+
+
+def test_a_method_that_diverged_is_no_model() -> None:
+    data = pairs_of(COLUMNS, embeddings=COLUMNS["embeddings"] * 1e15)
+    with pytest.raises(DataError, match="diverged"):
+        palate.fit(data, palate.PReF.faithful(2))
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_users_of_one_choice_each_and_nobody_to_ask(name: str) -> None:
+    rng = np.random.default_rng(0)
+    data = EmbeddedPairs(rng.standard_normal((40, 5)), np.arange(20), 20 + np.arange(20), [f"u{i:02d}" for i in range(20)])
+    model = palate.fit(data, METHODS[name]())
+    assert bool(torch.isfinite(palate.margins(model, data, palate.adapt(model, data))).all())
+
+
+@EVERY
+def test_profiles_of_nobody_are_the_crowd(name: str) -> None:
+    model, data = fitted(name), everybody()
+    nobody = palate.adapt(model, data[:0])
+    torch.testing.assert_close(palate.margins(model, data, nobody), palate.margins(model, data))
+
+
+def test_a_negative_seed_is_refused() -> None:
+    with pytest.raises(DataError, match="seed is -1"):
+        palate.fit(pairs_of(COLUMNS), palate.BradleyTerry(), seed=-1)

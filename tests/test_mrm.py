@@ -171,11 +171,15 @@ def test_a_gradient_that_underflows_is_no_step_and_no_nan() -> None:
 
 
 def test_the_schedule() -> None:
-    cosine = Outer(rate=2.0, batch=2, epochs=200, warmup=0.05)  # 100 steps an epoch of 201 users, 20,100 in all, 1,005 to rise
-    assert [cosine.at(step, 201) for step in (0, 1, 1005)] == pytest.approx([0, 2 / 1005, 2])
-    assert cosine.at(1005 + (20100 - 1005) // 2, 201) == pytest.approx(1, abs=1e-3)
-    assert cosine.at(20100, 201) == 0
-    assert cosine.at(20105, 201) == pytest.approx(0, abs=1e-5)  # users left over make a few steps more
+    cosine = Outer(rate=2.0, batch=2, epochs=200, warmup=0.05)  # 101 steps an epoch of 201 users, 20,200 in all, 1,010 to rise
+    assert [cosine.at(step, 201) for step in (0, 1, 1010)] == pytest.approx([0, 2 / 1010, 2])
+    assert cosine.at(1010 + (20200 - 1010) // 2, 201) == pytest.approx(1, abs=1e-3)
+    assert cosine.at(20200, 201) == 0
+    few = Outer(rate=0.05, batch=256, epochs=40, warmup=0.0)  # more users a step than there are: one step an epoch
+    rates = [few.at(step, 24) for step in range(41)]
+    assert rates == sorted(rates, reverse=True)
+    assert (rates[0], rates[40]) == (0.05, 0)
+    assert rates[20] == pytest.approx(0.025)
     assert {replace(QUICK).at(step, 9) for step in range(30)} == {0.05}
 
 

@@ -115,3 +115,11 @@ def test_rows_are_what_went_in(events: list[tuple[str, str, str, str]], data: st
     table = EmbeddedPairs(OneHot(len(pairs.texts)), pairs.chosen, pairs.rejected, pairs.users)
     assert table[torch.as_tensor(rows)].users.tolist() == [events[i][0] for i in rows]
     assert int(table.grouped().counts.sum()) == len(events)
+
+
+def test_a_missing_user_is_refused_and_no_pairs_are_fine() -> None:
+    with pytest.raises(DataError, match=r"the user of pairs \[1\] \(1 in all\) is missing"):
+        EmbeddedPairs(np.eye(4), [0, 1], [2, 3], ["ada", None])
+    with pytest.raises(DataError, match="chosen has dtype"):
+        EmbeddedPairs(np.eye(4), ["0"], [1], ["ada"])
+    assert len(EmbeddedPairs(np.eye(4), [], [], [])) == 0

@@ -342,7 +342,7 @@ def test_more_base_rewards_than_the_table_has_are_zero_weights() -> None:
         (lambda: PReF(0), "n_bases is 0; expected a positive number of base rewards"),
         (lambda: PReF(()), r"n_bases is \(\)"),
         (lambda: PReF(2, strength=1.0), r"strength is 1\.0; expected a number between 0 and 1"),
-        (lambda: PReF(2, kappa=-1.0), r"kappa is -1\.0; expected a number of at least 0"),
+        (lambda: PReF(2, kappa=-1.0), r"kappa is -1\.0; expected a finite number of at least 0"),
         (lambda: PReF(2, start="middle"), "start is 'middle'; expected one of auto, answers, scores"),  # type: ignore[arg-type]
         (lambda: PReF.faithful((2, 3)), r"n_bases is \(2, 3\); the faithful preset takes one number"),  # type: ignore[arg-type]
         (lambda: PReF.faithful(2, regulariser="l3"), "regulariser is 'l3'; expected one of none, l2"),  # type: ignore[arg-type]

@@ -237,3 +237,16 @@ def test_loops_that_cannot_be() -> None:
         ask(model, pool, truth, Random(), 3, user_ids=("a", "b"))
     with pytest.raises(DataError, match="the pool has 2 weights and the model"):
         ask(model, Pool(pool.slopes[:, :2], pool.offset), truth, Random(), 3)
+
+
+def test_what_is_measured_on_has_to_fit() -> None:
+    numbers = {"direction": torch.zeros(3), "bases": torch.eye(3), "share": torch.ones(1), "means": torch.zeros(1, 3)}
+    model = palate.Hierarchical().like(numbers | {"factors": torch.eye(3)[None]})
+    pool, narrow, truth = Pool(torch.eye(3), torch.zeros(3)), Pool(torch.eye(2), torch.zeros(2)), torch.ones(2, 3)
+    for test, word in (((pool, torch.ones(2, 1)), "true margins"), ((narrow, truth), "slopes")):
+        with pytest.raises(DataError, match=word):
+            ask(model, pool, truth, Random(), 1, test=test)
+    with pytest.raises(DataError, match="NaN"):
+        ask(model, pool, truth * torch.nan, Random(), 1)
+    with pytest.raises(DataError, match="floor is 0"):
+        HessianUncertainty(0.0)

@@ -407,6 +407,9 @@ def test_sides_written_by_different_code(kind: str, n_prompts: int) -> None:
         LeakError, match=r"formatting alone tells chosen from rejected in (8|9|10)\d%.*as in rows \[\d+, .*same code"
     ):
         check_leaks(pairs, split(pairs, by="pair"), by="pair")
+    believed = check_leaks(pairs, split(pairs, by="pair"), by="pair", believe_format=True)  # people may really prefer it so
+    assert believed.format_accuracy is not None
+    assert believed.format_accuracy > 0.75
 
 
 # --- real data, against the protocols that the figures of this field's reference use ---

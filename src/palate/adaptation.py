@@ -94,6 +94,7 @@ class Profiles(Mapping[str, Profile]):
             tensors["covariance"] = self.covariance
         meta = {"format": "palate-profiles", "version": "1", "model": self.model, "user_ids": json.dumps(self.user_ids)}
         path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(path.name + ".partial")
         save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, str(partial), metadata=meta)
         partial.replace(path)
@@ -195,6 +196,8 @@ def margin_moments(model: RewardModel, data: EmbeddedPairs, profiles: Profiles |
     if profiles is None:
         return offset + slopes @ crowd, torch.zeros_like(offset)
     check_profiles(model, profiles)
+    if not len(profiles):
+        return offset + slopes @ crowd, torch.zeros_like(offset)
     row = profiles.rows(data.user_ids)[data.user_index]
     known = row >= 0
     weights = torch.where(known[:, None], profiles.mean[row].to(slopes), crowd)

@@ -143,7 +143,7 @@ def fit(
         model = fit_model(data, model, seed=seed, progress=lambda share, what: advance(round(100 * share), 100, what))
     model.save_pretrained(out)
     terminal.save_encoder(features, out)
-    terminal.note(f"{method}, fitted on {pairs!r}")
+    terminal.note(f"{method}, fitted on {pairs!r}; {terminal.what_was_found(model)}")
     terminal.say(str(out))
 
 
@@ -171,8 +171,8 @@ def adapt(
     profiles.save(out)
     terminal.note(f"{len(profiles)} profiles from {len(pairs)} choices")
     unfinished = int((~profiles.converged).sum())
-    if unfinished:
-        terminal.note(f"the solver did not reach its tolerance for {unfinished} of them")
+    if unfinished and terminal.solves(fitted):
+        terminal.note(f"the solver did not reach its tolerance for {unfinished} of them: their profiles are rough")
     terminal.say(str(out))
 
 
@@ -239,6 +239,9 @@ def compare(
     ] = None,
     min_support: Annotated[int, typer.Option(help="Leave out users with fewer choices to learn from.", min=1)] = 3,
     quote_texts: Annotated[bool, typer.Option("--quote-texts", help="Let the report quote users' texts.")] = False,
+    believe_format: Annotated[
+        bool, typer.Option("--believe-format", help="Take it for taste, not for a leak, if formatting alone tells the choices.")
+    ] = False,
 ) -> None:
     """Compare methods on the same splits, with intervals over users, and write a report. The test choices are never fitted on.
 
@@ -268,6 +271,7 @@ def compare(
         data_set=rows.resolve().name,
         quarantined=report.reasons,
         quote_texts=quote_texts,
+        believe_format=believe_format,
     )
 
 
@@ -286,6 +290,7 @@ def _compare(
     data_set: str = "",
     quarantined: Mapping[str, int] | None = None,
     quote_texts: bool = False,
+    believe_format: bool = False,
 ) -> None:
     numbers = terminal.shots(shots)
     from palate.encoders import load_encoder
@@ -304,6 +309,7 @@ def _compare(
             max_support=max_support,
             max_test=max_test,
             min_support=min_support,
+            believe_format=believe_format,
             data_set=data_set,
             progress=advance,
         )

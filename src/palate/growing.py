@@ -204,13 +204,15 @@ class _Growth:
         margin = self.offset + (state.slopes * self._weights(state, rows)[self.data.user_index]).sum(1)
         slope = -likelihood.gradient(margin, self.tie) * self.data.weight * learners[self.data.user_index]
         columns = self._leading(slope, state, n)
+        if not columns.shape[1] or len(rows) < columns.shape[1]:
+            return None
         told = self.design.project(columns.to(self.scale)).double()
         # Uncorrelated over the learners' pairs, with the old bases too: the same span, and the prior stays as simple as it was.
         inside = state.slopes[rows]
         turn = torch.linalg.lstsq(inside, told[rows], driver="gelsd").solution if inside.shape[1] else inside[:0].T @ told[:0]
         told, raw = told - state.slopes @ turn, self.scale[:, None] * columns - state.bases.double() @ turn
         root = torch.linalg.qr(told[rows], mode="r")[1] / len(rows) ** 0.5
-        if not columns.shape[1] or len(rows) < columns.shape[1] or float(root.diagonal().abs().min()) < 1e-6:
+        if float(root.diagonal().abs().min()) < 1e-6:
             return None
         root = torch.sign(root.diagonal())[:, None] * root
         told, raw = (torch.linalg.solve_triangular(root, part, upper=True, left=False) for part in (told, raw))

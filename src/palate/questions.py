@@ -87,6 +87,10 @@ class HessianUncertainty:
 
     floor: float = 1e-3
 
+    def __post_init__(self) -> None:
+        if not self.floor > 0:
+            raise DataError(f"floor is {self.floor}; expected a positive number: it stands for the prior")
+
     def score(self, belief: Belief, pool: Pool, generator: torch.Generator) -> Tensor:
         hessian = belief.information()
         hessian.diagonal(dim1=1, dim2=2).add_(self.floor)
@@ -212,8 +216,15 @@ def ask(
     ids = tuple(str(u) for u in range(users)) if user_ids is None else user_ids
     if len(ids) != users:
         raise DataError(f"{len(ids)} user ids for {users} rows of truth; expected one each")
-    answering, choosing = (torch.Generator().manual_seed(2 * seed + side) for side in (0, 1))
     tested, expected = (pool, truth) if test is None else test
+    if tested.slopes.shape[1] != k or expected.shape != (users, len(tested.slopes)):
+        raise DataError(
+            f"test pairs have slopes {tuple(tested.slopes.shape)} and true margins {tuple(expected.shape)}; "
+            f"expected (n, {k}) and ({users}, n)"
+        )
+    if not bool(torch.isfinite(truth).all()) or not bool(torch.isfinite(expected).all()):
+        raise DataError("a true margin is NaN or infinite; expected a finite number for every user and pair")
+    answering, choosing = (torch.Generator().manual_seed(2 * seed + side) for side in (0, 1))
     belief = _prior_belief(model, pool, users)
     asked = torch.zeros(users, n_pairs, dtype=torch.bool, device=truth.device)
     everyone = torch.arange(users, device=truth.device)

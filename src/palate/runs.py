@@ -27,6 +27,7 @@ from palate.evaluation import evaluate
 from palate.models.base import RewardModel
 from palate.models.meta import State
 from palate.models.mrm import MRM, Epoch
+from palate.training import check_finite
 from palate.version import __version__
 
 LOG, CHECKPOINTS, MODEL = "log.jsonl", "checkpoints", "model"
@@ -79,10 +80,11 @@ def train(
     if both:
         raise DataError(f"{len(both)} users, such as {min(both)!r}, are held out and trained on; expected one or the other")
     state = _last(folder, resume=resume)
-    _keep_log(folder, -1 if state is None else state.epoch)
     (folder / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
-    began = time.perf_counter()
-    for epoch in model.epochs(data, seed=seed, state=state, progress=progress):
+    began, whose = time.perf_counter(), -1 if state is None else state.epoch
+    for number, epoch in enumerate(model.epochs(data, seed=seed, state=state, progress=progress)):
+        if not number:  # only now is it sure that the run goes on
+            _keep_log(folder, whose)
         if epoch.state is not state:  # the state that it goes on from is logged and saved already
             row: dict[str, Any] = {"epoch": epoch.number, "loss": None if math.isnan(epoch.loss) else epoch.loss}
             due = epoch.number % every == 0
@@ -105,6 +107,7 @@ def _measured(epoch: Epoch, support: EmbeddedPairs, test: EmbeddedPairs, *, seed
 def _model(epoch: Epoch, data: EmbeddedPairs, seed: int) -> MRM:
     """The model with what `fit` records, except for seconds: a run that was stopped saves the same file."""
     out = epoch.model()
+    check_finite(out)
     versions = {"palate": __version__, "torch": torch.__version__, "python": platform.python_version()}
     out.record |= {"data": data.fingerprint(), "n_pairs": len(data), "n_users": len(data.user_ids), "seed": seed}
     out.record |= {"epochs": epoch.number, "versions": versions}

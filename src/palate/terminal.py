@@ -105,6 +105,8 @@ def methods(names: str) -> dict[str, "RewardModel"]:
         raise DataError(f"--methods is {names!r}; expected names from {', '.join(METHODS)}, separated by commas")
     for name in listed:
         one_of(name, tuple(METHODS), "--methods")
+    if len(set(listed)) < len(listed):
+        raise DataError(f"--methods is {names!r}; expected each method once")
     return {name: METHODS[name]() for name in listed}
 
 
@@ -131,6 +133,20 @@ def one_of(value: str, allowed: Sequence[Name], option: str) -> Name:
 def note(message: str) -> None:
     """A line for the person at the terminal, on standard error."""
     Console(stderr=True, highlight=False, soft_wrap=True).print(escape(message))
+
+
+def solves(model: "RewardModel") -> bool:
+    """Whether adapting solves to a tolerance; the published methods take a fixed number of steps, and that is all there is."""
+    from palate.models.base import Fixed, Newton, Simplex
+
+    return isinstance(model.inference, Newton | Simplex | Fixed)
+
+
+def what_was_found(model: "RewardModel") -> str:
+    """One line on whether people were found to differ."""
+    if not model.n_weights:
+        return "one reward for everybody" + ("" if type(model).__name__ == "BradleyTerry" else ": no sure gain by personal ones")
+    return f"{model.n_weights} personal weights a user"
 
 
 def say(message: str) -> None:

@@ -54,11 +54,14 @@ def fit_with_profiles(
         model = Hierarchical()
     if not isinstance(model, Fittable):
         raise DataError(f"{type(model).__name__} has nothing to fit; expected a model with a `fitted` method")
+    if seed < 0:
+        raise DataError(f"seed is {seed}; expected a whole number of at least 0")
     strict = int((~data.tie).sum())
     if strict == 0:
         raise DataError(f"{len(data)} pairs, {len(data) - strict} of them ties; expected at least one choice to learn from")
     began = time.perf_counter()
     fitted, weights = model.fitted(data, seed=seed, progress=progress or _quiet)
+    check_finite(fitted)
     fitted.encoder = data.encoder
     fitted.record.update(
         {
@@ -74,3 +77,13 @@ def fit_with_profiles(
         return fitted, None
     counts = data.grouped().counts
     return fitted, Profiles(data.user_ids, weights, None, counts, counts > 0, fitted.fingerprint())
+
+
+def check_finite(model: RewardModel) -> None:
+    """Raise `DataError` where a number of the model is none: a method that diverged has learned nothing."""
+    bad = [name for name, value in model.state_dict().items() if not bool(torch.isfinite(value).all())]
+    if bad:
+        raise DataError(
+            f"{type(model).__name__} diverged: {', '.join(bad)} hold NaN or infinite numbers; "
+            "try smaller rates, or scale the embeddings"
+        )

@@ -105,7 +105,7 @@ def _format_features(text: str) -> list[float]:
     return flags + [float(np.log1p(len(pattern.findall(text)))) for pattern in _COUNTS.values()]
 
 
-def _probe(pairs: PairSet, rows: Ints) -> LeakReport:
+def _probe(pairs: PairSet, rows: Ints, believe_format: bool) -> LeakReport:
     """Cross-validated by prompt, or by user where there are fewer prompts than folds."""
     prompts = pairs.prompt_index[rows]
     groups = prompts if len(np.unique(prompts)) >= _FOLDS else pairs.user_index[rows]
@@ -132,7 +132,7 @@ def _probe(pairs: PairSet, rows: Ints) -> LeakReport:
         return float(right.mean())
 
     found = accuracy(features)
-    if found > MAX_FORMAT_ACCURACY:
+    if found > MAX_FORMAT_ACCURACY and not believe_format:
         gap = features[at[:n]] - features[at[n:]]
         worst = int(np.argmax(np.abs(np.sign(gap).mean(0))))
         more = np.sign(np.sign(gap[:, worst]).mean())
@@ -142,18 +142,19 @@ def _probe(pairs: PairSet, rows: Ints) -> LeakReport:
         raise LeakError(
             f"formatting alone tells chosen from rejected in {found:.0%} of the pairs (believable: {MAX_FORMAT_ACCURACY:.0%}): "
             f"the {side} side more often {has}{_NAMES[worst]}, as in rows {examples}; "
-            "write both sides with the same code"
+            "write both sides with the same code; if people really prefer it so, say so (believe_format=True, --believe-format)"
         )
     return LeakReport("", found, accuracy(bucket), n)
 
 
-def check_leaks(pairs: Pairs, split: Split, *, by: By) -> LeakReport:
+def check_leaks(pairs: Pairs, split: Split, *, by: By, believe_format: bool = False) -> LeakReport:
     """What the checks measured, if they found no leak.
 
     Within a user: no pair, no swapped pair and no unit (`by`, as in `palate.data.splits.split`) on both the side learnt from and
     the side tested on; no user both seen and unseen; no row on two sides. Of the texts (a `PairSet` has them, `EmbeddedPairs` do
     not): no pair of one text with itself, and no formatting that tells chosen from rejected (a logistic regression on traces of
-    formatting, on at most 20,000 strict pairs, cross-validated by prompt or by user).
+    formatting, on at most 20,000 strict pairs, cross-validated by prompt or by user); with `believe_format` that last one is
+    measured and not refused, for people who do prefer lists, or short answers.
 
     Raises:
         LeakError: a check failed; the message names rows.
@@ -174,5 +175,5 @@ def check_leaks(pairs: Pairs, split: Split, *, by: By) -> LeakReport:
     strict = rows[~pairs.tie[rows]]
     if len(strict) > _PROBED:
         strict = np.sort(np.random.default_rng(0).choice(strict, _PROBED, replace=False))
-    report = _probe(pairs, strict)
+    report = _probe(pairs, strict, believe_format)
     return LeakReport(by, report.format_accuracy, report.length_accuracy, report.n_probed)

@@ -71,7 +71,13 @@ def _column(values: "ArrayLike | None", n: int, name: str, dtype: Any, default: 
 
 
 def _indices(values: Any, n_rows: int, name: str, device: torch.device) -> Tensor:
-    out = torch.as_tensor(np.asarray(values) if not isinstance(values, Tensor) else values, device=device)
+    if not isinstance(values, Tensor):
+        values = np.asarray(values)
+        if values.size == 0:
+            values = values.astype(np.int64)
+        if values.dtype.kind not in "biuf":
+            raise DataError(f"{name} has dtype {values.dtype}; expected (P,) integers: rows of the table")
+    out = torch.as_tensor(values, device=device)
     if out.ndim != 1 or out.is_floating_point() or out.dtype == torch.bool:
         raise DataError(f"{name} has shape {tuple(out.shape)} and dtype {out.dtype}; expected (P,) integers: rows of the table")
     out = out.to(torch.int64)
@@ -81,7 +87,11 @@ def _indices(values: Any, n_rows: int, name: str, device: torch.device) -> Tenso
 
 
 def _ids(users: Any, n: int) -> tuple[tuple[str, ...], "NDArray[np.int64]"]:
-    listed = [str(user) for user in (users.tolist() if hasattr(users, "tolist") else users)]
+    given = list(users.tolist() if hasattr(users, "tolist") else users)
+    nobody = [i for i, user in enumerate(given) if user is None or user != user]
+    if nobody:
+        raise DataError(f"the user of pairs {nobody[:5]} ({len(nobody)} in all) is missing; expected an id for each pair")
+    listed = [str(user) for user in given]
     if len(listed) != n:
         raise DataError(f"{len(listed)} user ids for {n} pairs; expected one per pair")
     if not listed:

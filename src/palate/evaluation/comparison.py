@@ -37,6 +37,7 @@ def compare(
     max_support: int | None = None,
     max_test: int | None = None,
     min_support: int = 1,
+    believe_format: bool = False,
     data_set: str = "",
     progress: Progress | None = None,
 ) -> Evaluation:
@@ -58,6 +59,7 @@ def compare(
         seeds: how many (0, 1, ...), or which.
         shots: numbers of support choices for the unseen users; None is all.
         max_support, max_test, min_support: of a user's choices, see `palate.split`.
+        believe_format: whether choices that formatting alone can tell are people's taste, and no leak (`check_leaks`).
         data_set: label of the rows.
         progress: called with (done, total, what is being done).
 
@@ -85,7 +87,7 @@ def compare(
             parts = given_split(data)
         else:
             parts = split(data, by=embed_by, max_support=max_support, max_test=max_test, min_support=min_support, seed=seed)
-        splits.append(_split_facts(data, parts, embed_by, data_set, seed))
+        splits.append(_split_facts(data, parts, embed_by, data_set, seed, believe_format))
         for name, model in methods.items():
             say(done, total, f"{name}, split {seed}")
             found, run = _one(model, embedded, parts, Labels(data_set, name, seed, "", None), tuple(shots), failures)
@@ -131,8 +133,10 @@ def _embedded(data: PairSet | EmbeddedPairs, encoder: Encoder | None, by: By | M
     return encoder.embed(data, unit=unit_labels(data, "pair" if by == "item" else by)), by
 
 
-def _split_facts(data: PairSet | EmbeddedPairs, parts: Split, by: By, data_set: str, seed: int) -> SplitFacts:
-    leaks = check_leaks(data, parts, by=by)
+def _split_facts(
+    data: PairSet | EmbeddedPairs, parts: Split, by: By, data_set: str, seed: int, believe_format: bool
+) -> SplitFacts:
+    leaks = check_leaks(data, parts, by=by, believe_format=believe_format)
     user, tie = (np.asarray(torch.as_tensor(column).cpu()) for column in (data.user_index, data.tie))
     rows: dict[str, NDArray[np.int64]] = {side: getattr(parts, side) for side in SIDES}
     return SplitFacts(

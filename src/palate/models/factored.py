@@ -164,7 +164,8 @@ class LoRe(RewardModel):
         penalties = PENALTIES if self.ridge is None else (self.ridge,)
         candidates = [(k, ridge) for k in sizes for ridge in penalties]
         fold = crowd.user_folds(len(data.user_ids), seed, enough=1, most=1)
-        best, curve = candidates[len(candidates) // 2], []
+        best = candidates[len(candidates) // 2]
+        curve: list[dict[str, Any]] = []
         if bool((fold >= 0).any()) and len(candidates) > 1:
             held = (fold >= 0).to(data.user_index.device)[data.user_index]
             learn, ask = data[~held], data[held]
@@ -173,8 +174,10 @@ class LoRe(RewardModel):
                 table.run(self.steps, self.rate)
                 curve.append({"n_bases": k, "ridge": ridge, "log_loss": _held_out_loss(self._with(table, {}), ask, seed)})
                 progress((i + 1) / (len(candidates) + 1), "LoRe, choosing the number of bases")
-            found = min(curve, key=lambda row: row["log_loss"])
-            best = int(found["n_bases"]), float(found["ridge"])
+            judged = [row for row in curve if row["log_loss"] is not None]
+            if judged:
+                found = min(judged, key=lambda row: row["log_loss"])
+                best = int(found["n_bases"]), float(found["ridge"])
         table = _Table(data, scale, *best, seed)
         table.run(self.steps, self.rate)
         progress(1.0, "LoRe")
@@ -229,8 +232,8 @@ class _Table:
         value.addcdiv_(first, scale, value=-rate / (1 - 0.9**self.taken))
 
 
-def _held_out_loss(model: LoRe, data: EmbeddedPairs, seed: int) -> float:
-    """Mean log loss of held-out users on the second half of their units, weights solved from the first half."""
+def _held_out_loss(model: LoRe, data: EmbeddedPairs, seed: int) -> float | None:
+    """Mean log loss of held-out users on the second half of their units, weights solved from the first half; None of nobody."""
     from palate.models.validation import halves
 
     support, query = halves(data, seed)
@@ -247,6 +250,7 @@ def _held_out_loss(model: LoRe, data: EmbeddedPairs, seed: int) -> float:
     weight[owner, place] = (data.weight * support)[grouped.order].to(z)
     w = Simplex().solve(Batch(padded, z.new_zeros(users, n), weight, tie), None, data.user_ids).mean
     loss = likelihood.nll((z * w[data.user_index]).sum(1), data.tie)
-    total = z.new_zeros(users).index_add_(0, data.user_index, loss * query)
-    count = z.new_zeros(users).index_add_(0, data.user_index, query.to(z))
-    return float((total / count.clamp(min=1))[count > 0].mean())
+    asked = (query * data.weight).to(z)
+    total = z.new_zeros(users).index_add_(0, data.user_index, loss * asked)
+    count = z.new_zeros(users).index_add_(0, data.user_index, asked)
+    return float((total[count > 0] / count[count > 0]).mean()) if bool((count > 0).any()) else None

@@ -52,8 +52,10 @@ class GradientSteps:
     second_order: bool = True
 
     def __post_init__(self) -> None:
-        if self.steps < 0 or not self.rate > 0:
-            raise DataError(f"steps is {self.steps} and rate {self.rate}; expected no negative number of steps, a positive rate")
+        if self.steps < 0 or not 0 < self.rate < math.inf:
+            raise DataError(
+                f"steps is {self.steps} and rate {self.rate}; expected no negative number of steps, a finite rate > 0"
+            )
 
     def moved(self, support: Batch, start: Tensor, spread: Tensor, *, simplex: bool) -> Tensor:
         """(U, K) numbers of every user; a user without support stays at the start."""
@@ -123,14 +125,14 @@ class Outer:
     ridge: float = 0.0
 
     def __post_init__(self) -> None:
-        if not (self.rate > 0 and self.clip > 0) or self.batch < 1 or self.epochs < 0 or not 0 <= self.warmup < 1:
+        if not (0 < self.rate < math.inf and self.clip > 0) or self.batch < 1 or self.epochs < 0 or not 0 <= self.warmup < 1:
             raise DataError(f"{self}; expected positive rate, batch and clip, no negative epochs, warmup in [0, 1)")
         if self.schedule not in ("cosine", "constant"):
             raise DataError(f"schedule is {self.schedule!r}; expected 'cosine' or 'constant'")
 
     def at(self, step: int, n_users: int) -> float:
         """The rate of step 0, 1, ...: 0 at first where there is a warm-up, as in the published schedule."""
-        total = n_users * self.epochs // self.batch
+        total = -(-n_users // self.batch) * self.epochs  # users left over at the end of an epoch make a step too
         rise = int(self.warmup * total)
         if step < rise:
             return self.rate * step / rise
@@ -162,6 +164,7 @@ class State:
         head = {"format": "palate-training", "version": 1, "epoch": self.epoch, "steps": self.steps, "head": self.head}
         meta = {"state": json.dumps(head)}
         partial = path.with_name(path.name + ".partial")
+        path.parent.mkdir(parents=True, exist_ok=True)
         save_file({name: t.detach().cpu().contiguous() for name, t in self.numbers.items()}, str(partial), metadata=meta)
         partial.replace(path)
 

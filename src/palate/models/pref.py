@@ -80,8 +80,8 @@ class PReF(RewardModel):
             raise DataError(f"n_bases is {n_bases}; expected a positive number of base rewards, or several to choose from")
         if strength is not None and not 0 < strength < 1:
             raise DataError(f"strength is {strength}; expected a number between 0 and 1, or None to choose it")
-        if kappa is not None and not kappa >= 0:
-            raise DataError(f"kappa is {kappa}; expected a number of at least 0, or None to choose it on held-out users")
+        if kappa is not None and not 0 <= kappa < float("inf"):
+            raise DataError(f"kappa is {kappa}; expected a finite number of at least 0, or None to choose it on held-out users")
         if start not in get_args(Start):
             raise DataError(f"start is {start!r}; expected one of {', '.join(get_args(Start))}")
         self.n_bases, self.strength, self.kappa, self.start = n_bases, strength, kappa, start
@@ -300,12 +300,13 @@ class _Trial:
         edge, whatever the scale of the margins.
         """
         slopes = self.design.project(bases)[self.rows] * kappa**0.5
-        user, asked = self.part.user_index, self.query > 0
+        user, told = self.part.user_index, self.query * self.part.weight
+        strict = told * ~self.part.tie  # a tie has no side that could be told wrongly
         total = self.offset.new_zeros(len(self.users), 2)
         for owners in self.owners:
-            margin = owners.predict(slopes, self.offset)
+            margin, asked = owners.predict(slopes, self.offset), strict > 0
             size = margin.abs()[asked].median().clamp(min=1e-12) / 3 if bool(asked.any()) else 1.0
-            losses = torch.stack([likelihood.nll(margin, self.tie), likelihood.probability(-margin / size)], dim=1)
-            total.index_add_(0, user, losses * self.query[:, None] / len(SHOTS))
-        count = self.query.new_zeros(len(self.users)).index_add_(0, user, self.query)
-        into[:, self.users.cpu()] = (total / count[:, None]).T.to(into)
+            losses = [likelihood.nll(margin, self.tie) * told, likelihood.probability(-margin / size) * strict]
+            total.index_add_(0, user, torch.stack(losses, dim=1) / len(SHOTS))
+        count = torch.zeros_like(total).index_add_(0, user, torch.stack([told, strict], dim=1))
+        into[:, self.users.cpu()] = (total / count).T.to(into)

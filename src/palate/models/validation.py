@@ -29,9 +29,9 @@ def halves(data: EmbeddedPairs, seed: int) -> tuple[Tensor, Tensor]:
         support = _first_half(units[:, 0], seed, up=True)[of_pair]
         return support, ~support
     wins = torch.zeros(len(held), dtype=torch.int64, device=user.device)
-    wins[of_side[: len(data)]] = 1
+    wins[of_side[: len(data)][~data.tie]] = 1  # a tie has no winner, whichever side came first
     losses = torch.zeros_like(wins)
-    losses[of_side[len(data) :]] = 1
+    losses[of_side[len(data) :][~data.tie]] = 1
     stratum = held[:, 0] * 3 + torch.where(wins + losses == 2, 2, losses)
     first = _first_half(torch.unique(stratum, return_inverse=True)[1], seed, up=False)[of_side]
     chosen, rejected = first[: len(data)], first[len(data) :]

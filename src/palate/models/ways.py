@@ -105,7 +105,7 @@ class Choice:
         elif self.folds:
             alone = torch.cat([self._judged(f, nobody, ()) for f in range(self.folds)], dim=1)[0]
             asked = ~torch.isnan(alone)
-            lowest = float(alone[asked].mean()) if bool(asked.any()) else float("nan")
+            lowest = _mean(alone[asked])
             curve.append({"crowd": True, "error": lowest})
             best, epochs, kept, rival, doubt = nobody, 0, alone, alone, 1.0
             for number, way in enumerate(ways):
@@ -114,10 +114,10 @@ class Choice:
                 stops = sorted({0, *(way.outer.epochs * part // 4 for part in (1, 2, 4))})
                 found = torch.cat([self._judged(f, way, stops) for f in range(self.folds)], dim=1)
                 for stop, errors in zip(stops, found, strict=True):
-                    error, gain = float(errors[asked].mean()), (rival - errors)[asked].double()
+                    error, gain = _mean(errors[asked]), (rival - errors)[asked].double()
                     curve.append({"way": way.plan(stop), "error": error})
-                    sure = float(gain.mean()) > doubt * float(gain.std() / max(len(gain), 1) ** 0.5)
-                    if error < lowest and sure:
+                    sure = len(gain) > 1 and float(gain.mean()) > doubt * float(gain.std() / len(gain) ** 0.5)
+                    if sure and error is not None and lowest is not None and error < lowest:
                         lowest, best, epochs, kept = error, way, stop, errors
                 self.progress(0.1 + 0.7 * (number + 1) / len(ways), "MRM, what held-out users say")
         numbers = self._start(self.data, best.shape, self.crowd.direction)
@@ -194,6 +194,11 @@ class Choice:
             place = position(other, support, self.seed)
             self._parts[fold] = _Part(learn, other, mu, fair(learn, self.seed), place, query)
         return self._parts[fold]
+
+
+def _mean(values: Tensor) -> float | None:
+    """None where nobody can be asked: a failure is no number."""
+    return float(values.mean()) if len(values) else None
 
 
 @dataclass(frozen=True, eq=False)
