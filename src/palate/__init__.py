@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from palate.carrying import carry
     from palate.data.embeddings import Dense, Embeddings, Joined, OneHot
     from palate.data.pairs import Choice, EmbeddedPairs, Message, PairSet, Text
-    from palate.data.readers import load_pairs
+    from palate.data.readers import load_pairs, load_valid_pairs
     from palate.data.splits import Split, split
     from palate.data.synthetic import Population, synthetic
     from palate.data.validation import ValidationReport, validate
@@ -53,7 +53,7 @@ _HOME = {
     "palate.carrying": ("carry",),
     "palate.data.embeddings": ("Dense", "Embeddings", "Joined", "OneHot"),
     "palate.data.pairs": ("Choice", "EmbeddedPairs", "Message", "PairSet", "Text"),
-    "palate.data.readers": ("load_pairs",),
+    "palate.data.readers": ("load_pairs", "load_valid_pairs"),
     "palate.data.splits": ("Split", "split"),
     "palate.data.synthetic": ("Population", "synthetic"),
     "palate.data.validation": ("ValidationReport", "validate"),
@@ -80,6 +80,7 @@ _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 
 __all__ = [  # noqa: RUF022 - in the order of the way through, then the errors
     "load_pairs",
+    "load_valid_pairs",
     "validate",
     "ValidationReport",
     "synthetic",
