@@ -555,3 +555,9 @@ def test_profiles_of_nobody_are_the_crowd(name: str) -> None:
 def test_a_negative_seed_is_refused() -> None:
     with pytest.raises(DataError, match="seed is -1"):
         palate.fit(pairs_of(COLUMNS), palate.BradleyTerry(), seed=-1)
+
+
+def test_the_unit_of_the_features_does_not_matter() -> None:
+    tiny = pairs_of(COLUMNS, embeddings=COLUMNS["embeddings"] * 1e-11)
+    expected = palate.margins(fitted("bt"), pairs_of(COLUMNS))
+    torch.testing.assert_close(palate.margins(palate.fit(tiny, METHODS["bt"](), seed=3), tiny), expected, atol=1e-3, rtol=1e-3)

@@ -91,7 +91,8 @@ def standard_scale(data: EmbeddedPairs, most: int = 2048) -> tuple[Tensor, Tenso
     for part, dense in data.embeddings.column_blocks():
         if dense:
             width = part.stop - part.start
-            varies = variance[part] > 1e-12 * mean[part].square().clamp(min=1e-12)
+            # Relative to the column and to its block, so that the unit of the features does not matter.
+            varies = variance[part] > 1e-12 * torch.maximum(mean[part].square(), variance[part].max())
             scale[part] = torch.where(varies, (variance[part].clamp(min=1e-30) * width).rsqrt(), torch.zeros_like(variance[part]))
             centre[part] = mean[part]
         else:
