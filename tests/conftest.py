@@ -4,11 +4,14 @@ Connections are refused by pytest-socket (see `addopts` in pyproject.toml); a te
 `@pytest.mark.allow_hosts(["127.0.0.1"])`.
 """
 
+import importlib.util
 import io
 import os
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import NamedTuple
 
 import pytest
@@ -49,6 +52,40 @@ def shared() -> Path:
     if not folder.is_dir():
         pytest.skip("the real data sets are not on this machine (no shared/data beside the repository)")
     return folder.resolve()
+
+
+@pytest.fixture(scope="session")
+def script() -> Callable[[Path], ModuleType]:
+    """A Python file outside the package, as a module."""
+
+    def load(path: Path) -> ModuleType:
+        spec = importlib.util.spec_from_file_location(path.stem, path)
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+
+    return load
+
+
+@pytest.fixture(scope="session")
+def alone() -> Callable[[Path], str]:
+    """Run a script in a process of its own, where warnings are errors; it has to end well, and what it printed comes back."""
+
+    def run(path: Path) -> str:
+        done = subprocess.run(
+            [sys.executable, "-W", "error", str(path)],
+            capture_output=True,
+            text=True,
+            env={"OMP_NUM_THREADS": "1", "PATH": ""},
+            timeout=120,
+            check=False,
+        )
+        assert (done.returncode, done.stderr) == (0, "")
+        return done.stdout
+
+    return run
 
 
 class Done(NamedTuple):

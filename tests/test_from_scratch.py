@@ -1,8 +1,6 @@
 """The flat script is the oracle of the library's LoRe, and it does what it says."""
 
-import importlib.util
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -21,13 +19,8 @@ SCRIPT = Path(__file__).resolve().parents[1] / "examples" / "from_scratch.py"
 
 
 @pytest.fixture(scope="module")
-def scratch() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("from_scratch", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def scratch(script: Callable[[Path], ModuleType]) -> ModuleType:
+    return script(SCRIPT)
 
 
 def wide(data: EmbeddedPairs) -> tuple[EmbeddedPairs, torch.Tensor]:
@@ -105,15 +98,6 @@ def test_accuracy_of_the_script_gives_half_for_nothing(scratch: ModuleType) -> N
     assert scratch.accuracy(z, person, torch.zeros(2, 3), torch.full((2, 3), 1 / 3)) == 0.5
 
 
-def test_the_script_runs_without_the_library_and_proves_its_claim() -> None:
+def test_the_script_runs_without_the_library_and_proves_its_claim(alone: Callable[[Path], str]) -> None:
     assert "palate" not in SCRIPT.read_text()
-    done = subprocess.run(
-        [sys.executable, "-W", "error", str(SCRIPT)],
-        capture_output=True,
-        text=True,
-        env={"OMP_NUM_THREADS": "1", "PATH": ""},
-        timeout=120,
-        check=False,
-    )
-    assert (done.returncode, done.stderr) == (0, "")
-    assert "LoRe with 3 base rewards" in done.stdout
+    assert "LoRe with 3 base rewards" in alone(SCRIPT)

@@ -561,3 +561,28 @@ def test_the_unit_of_the_features_does_not_matter() -> None:
     tiny = pairs_of(COLUMNS, embeddings=COLUMNS["embeddings"] * 1e-11)
     expected = palate.margins(fitted("bt"), pairs_of(COLUMNS))
     torch.testing.assert_close(palate.margins(palate.fit(tiny, METHODS["bt"](), seed=3), tiny), expected, atol=1e-3, rtol=1e-3)
+
+
+def test_a_fingerprint_is_remembered_until_something_changes() -> None:
+    model = palate.fit(pairs_of(COLUMNS), palate.BradleyTerry())
+    first = model.fingerprint()
+    assert model.fingerprint() == first == load_again(model).fingerprint()
+    changes: list[Callable[[], object]] = [
+        lambda: model.direction.mul_(2),
+        lambda: setattr(model, "direction", model.direction.clone() + 1),
+        lambda: setattr(model, "encoder", "another"),
+        lambda: setattr(model, "ridge", 0.5),
+    ]
+    seen = {first}
+    for change in changes:
+        change()
+        assert model.fingerprint() not in seen
+        assert model.fingerprint() == load_again(model).fingerprint()
+        seen.add(model.fingerprint())
+
+
+def load_again(model: RewardModel) -> RewardModel:
+    """Another object with the same numbers, which remembers nothing."""
+    out = model.like({name: tensor.clone() for name, tensor in model.state_dict().items()})
+    out.encoder = model.encoder
+    return out

@@ -1,8 +1,6 @@
 """The flat script is the oracle of the library's MRM as published, and it does what it says."""
 
-import importlib.util
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -18,13 +16,8 @@ SCRIPT = Path(__file__).resolve().parents[1] / "examples" / "mrm_from_scratch.py
 
 
 @pytest.fixture(scope="module")
-def scratch() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("mrm_from_scratch", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def scratch(script: Callable[[Path], ModuleType]) -> ModuleType:
+    return script(SCRIPT)
 
 
 def uneven(seed: int = 0, dim: int = 6, n_users: int = 7) -> EmbeddedPairs:
@@ -106,15 +99,6 @@ def test_accuracy_of_the_script_gives_half_for_nothing(scratch: ModuleType) -> N
 
 
 @pytest.mark.slow
-def test_the_script_runs_without_the_library_and_proves_its_claim() -> None:
+def test_the_script_runs_without_the_library_and_proves_its_claim(alone: Callable[[Path], str]) -> None:
     assert "palate" not in SCRIPT.read_text()
-    done = subprocess.run(
-        [sys.executable, "-W", "error", str(SCRIPT)],
-        capture_output=True,
-        text=True,
-        env={"OMP_NUM_THREADS": "1", "PATH": ""},
-        timeout=120,
-        check=False,
-    )
-    assert (done.returncode, done.stderr) == (0, "")
-    assert "an inner loop that can move" in done.stdout
+    assert "an inner loop that can move" in alone(SCRIPT)

@@ -1,7 +1,6 @@
 """Splits share nothing within a user, do not depend on who else is there, and agree with the reference protocols on real data."""
 
 import hashlib
-import importlib.util
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -416,16 +415,11 @@ def test_sides_written_by_different_code(kind: str, n_prompts: int) -> None:
 
 
 @pytest.fixture(scope="module")
-def reference(shared: Path) -> ModuleType:
+def reference(shared: Path, script: Callable[[Path], ModuleType]) -> ModuleType:
     path = shared.parent / "tools" / "splits.py"
     if not path.is_file():
         pytest.skip("the reference splits are not on this machine")
-    spec = importlib.util.spec_from_file_location("reference_splits", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return script(path)
 
 
 def sizes(pairs: PairSet, found: Split) -> dict[str, tuple[int, int]]:

@@ -11,11 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from palate.data.pairs import EmbeddedPairs
 from palate.errors import DataError, MismatchError, ModelFileError, UnknownUserError
+from palate.models import files
 from palate.models.base import RewardModel
 from palate.solvers import Batch, batches
 
@@ -93,11 +94,7 @@ class Profiles(Mapping[str, Profile]):
         if self.covariance is not None:
             tensors["covariance"] = self.covariance
         meta = {"format": "palate-profiles", "version": "1", "model": self.model, "user_ids": json.dumps(self.user_ids)}
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(path.name + ".partial")
-        save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, str(partial), metadata=meta)
-        partial.replace(path)
+        files.write_tensors(path, tensors, meta)
 
     @classmethod
     def load(cls, path: str | Path) -> "Profiles":
@@ -238,12 +235,7 @@ def pair_design(model: RewardModel, data: EmbeddedPairs) -> tuple[Tensor, Tensor
 
 def pad(data: EmbeddedPairs, offset: Tensor, slopes: Tensor, rows: Tensor) -> Batch:
     """The choices of the users `rows` as a padded batch; a padded place has weight 0."""
-    grouped = data.grouped()
-    counts = grouped.counts[rows]
-    n = int(counts.max()) if len(counts) else 0
-    place = grouped.offsets[rows][:, None] + torch.arange(n, device=counts.device)
-    real = torch.arange(n, device=counts.device) < counts[:, None]
-    index = grouped.order[torch.where(real, place, 0).clamp(max=max(len(data) - 1, 0))]
+    index, real = data.grouped().padded(rows)
     weight = data.weight[index].to(slopes) * real
     tie = data.tie[index] if bool(data.tie.any()) else None
     return Batch(slopes[index], offset[index] * real, weight, tie)

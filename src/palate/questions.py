@@ -250,8 +250,11 @@ def _prior_belief(model: RewardModel, pool: Pool, users: int) -> Belief:
     """Before any answer: the crowd's weights, with the prior's covariance where there is one."""
     k = pool.slopes.shape[1]
     nothing = Batch(pool.slopes.new_zeros(users, 0, k), pool.slopes.new_zeros(users, 0), pool.slopes.new_zeros(users, 0), None)
-    covariance = None if model.prior is None else model.prior.covariance.to(pool.slopes).expand(users, k, k)
-    return Belief(model.crowd_weights.to(pool.slopes).expand(users, k), covariance, nothing, model.prior)
+    crowd, covariance = model.crowd_weights.to(pool.slopes), None
+    if model.prior is not None:  # about the crowd's weights, from which the prior's mean may be away (as `adaptation.no_pairs`)
+        away = model.prior.mean.to(pool.slopes) - crowd
+        covariance = (model.prior.covariance.to(pool.slopes) + torch.outer(away, away)).expand(users, k, k)
+    return Belief(crowd.expand(users, k), covariance, nothing, model.prior)
 
 
 def _updated(

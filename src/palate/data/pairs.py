@@ -206,6 +206,13 @@ class Grouped:
     def counts(self) -> Tensor:
         return self.offsets[1:] - self.offsets[:-1]
 
+    def padded(self, users: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, n) the pairs of these users, one user a row, and the mask of the real ones; a padded place points at some pair."""
+        counts = self.counts[users]
+        column = torch.arange(int(counts.max()) if len(counts) else 0, device=counts.device)
+        real = column < counts[:, None]
+        return self.order[torch.where(real, self.offsets[users][:, None] + column, 0)], real
+
 
 @dataclass(frozen=True, eq=False, init=False)
 class EmbeddedPairs:

@@ -67,9 +67,7 @@ def write(folder: str | Path, config: Mapping[str, Any], tensors: Mapping[str, T
         before = _config(folder)
         if (folder / NEXT).exists() and _sha256((folder / NEXT).read_bytes()) == before.get("sha256"):
             (folder / NEXT).replace(folder / NUMBERS)  # the last step of a writer that died: its numbers are the model's
-    # A clone, because a view or an expanded tensor would write more, or other, numbers than it shows.
-    whole = {name: t.detach().cpu().clone(memory_format=torch.contiguous_format) for name, t in tensors.items()}
-    numbers = save(whole)
+    numbers = save(_own(tensors))
     head = {"format": FORMAT, "format_version": VERSION, **config, "sha256": _sha256(numbers)}
     try:
         text = json.dumps(_nulls(head), indent=2, allow_nan=False)
@@ -85,6 +83,20 @@ def write(folder: str | Path, config: Mapping[str, Any], tensors: Mapping[str, T
     _flush(partial, text.encode())
     partial.replace(folder / CONFIG)
     (folder / NEXT).replace(folder / NUMBERS)
+
+
+def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
+    """One safetensors file, whole or not at all, on the disk when this returns; its folder is made where there is none."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    _flush(partial, save(_own(tensors), metadata))
+    partial.replace(path)
+
+
+def _own(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Clones, because a view or an expanded tensor would write more, or other, numbers than it shows."""
+    return {name: t.detach().cpu().clone(memory_format=torch.contiguous_format) for name, t in tensors.items()}
 
 
 def read(folder: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:

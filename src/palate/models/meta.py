@@ -15,13 +15,14 @@ from typing import Any, Literal, Protocol
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
 from palate import likelihood
 from palate.data.pairs import EmbeddedPairs
 from palate.errors import DataError, ModelFileError
+from palate.models import files
 from palate.models.crowd import Rescaled
 from palate.models.objectives import Objective
 from palate.solvers import Batch, Laplace, newton
@@ -159,14 +160,10 @@ class State:
 
     def save(self, path: str | Path) -> None:
         """Write one safetensors file, atomically. It holds no user."""
-        path = Path(path)
         # One key, because safetensors writes several in random order and the same state should be the same bytes.
         head = {"format": "palate-training", "version": 1, "epoch": self.epoch, "steps": self.steps, "head": self.head}
         meta = {"state": json.dumps(head)}
-        partial = path.with_name(path.name + ".partial")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file({name: t.detach().cpu().contiguous() for name, t in self.numbers.items()}, str(partial), metadata=meta)
-        partial.replace(path)
+        files.write_tensors(path, self.numbers, meta)
 
     @classmethod
     def load(cls, path: str | Path) -> "State":
@@ -246,14 +243,6 @@ class Tasks:
         few = not shape.hidden and len(data) * len(scale) <= 2**25
         self.formed = self.design.design.rows(torch.arange(len(data), device=scale.device)) * scale if few else None
 
-    def places(self, users: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, n) indices of the users' pairs and the mask of the real ones."""
-        grouped = self.data.grouped()
-        counts = grouped.counts[users]
-        column = torch.arange(int(counts.max()), device=counts.device)
-        real = column < counts[:, None]
-        return grouped.order[torch.where(real, grouped.offsets[users][:, None] + column, 0)], real
-
     def slopes(self, numbers: Numbers, index: Tensor) -> Tensor:
         """(B, n) pairs -> (B, n, K) differences of the base rewards."""
         if not self.shape.hidden and 2 * index.numel() >= len(self.data):  # about everybody: one pass over the table
@@ -282,7 +271,7 @@ def adapted(inner: Inner | None, support: Batch, numbers: Numbers, *, simplex: b
 
 def posed(tasks: Tasks, numbers: Numbers, users: Tensor, support: Tensor, query: Tensor) -> tuple[Batch, Tensor]:
     """The users' pairs (B, n), those of the mask `support` (P,) with their weights, and the weights (B, n) of the query."""
-    index, real = tasks.places(users)
+    index, real = tasks.data.grouped().padded(users)
     weight = tasks.data.weight[index] * real
     tie = None if tasks.tie is None else tasks.tie[index]
     return Batch(tasks.slopes(numbers, index), tasks.offset[index] * real, weight * support[index], tie), weight * query[index]

@@ -114,9 +114,10 @@ class Selection:
     def select(self, kappas: Sequence[float], types: Sequence[int], progress: Callable[[float], None]) -> Candidate:
         """What empirical Bayes itself says (EM to its end, every direction, kappa 1), unless held-out users say otherwise.
 
-        Every departure from it has to be better by more than two standard errors over users, because the best of many
-        candidates flatters itself; so has the whole to be better than the crowd. Where no width of the prior is better
-        than the crowd by one there is nothing to describe, and the dearer descriptions are not tried.
+        A departure from it has to be better by more than two standard errors over users (fewer directions, and types of people,
+        by one), because the best of many candidates flatters itself; of the kappas up to 1 the smallest within one error of the
+        best is taken; and the whole has to beat the crowd by two. Where no width of the prior beats the crowd by one there is
+        nothing to describe, and where none beats it by two the bases are not refined.
         """
         self.crowd_alone()
         for f in range(self.folds):
@@ -282,7 +283,7 @@ class Selection:
             users = users[torch.linspace(0, len(users) - 1, most, device=users.device).round().long()]
         grouped, scale, out = self.data.grouped(), self.design.scale, []
         for part in torch.split(users, max(1, CACHE_BYTES // max(1, 4 * len(scale) * int(grouped.counts.max())))):
-            index, real = self._places(part)
+            index, real = self.data.grouped().padded(part)
             rows = index[real]
             owner = torch.repeat_interleave(torch.arange(len(part), device=rows.device), grouped.counts[part])
             z = self.design.design.rows(rows) * slope[rows, None]
@@ -293,17 +294,9 @@ class Selection:
         chosen = torch.nonzero(users)[:, 0].to(slopes.device)
         out = []
         for rows in batches(self.data.grouped().counts[chosen], slopes.shape[1]):
-            index, real = self._places(chosen[rows])
+            index, real = self.data.grouped().padded(chosen[rows])
             out.append(Batch(slopes[index], offset[index] * real, self.data.weight[index] * real, self._ties(index)))
         return out
-
-    def _places(self, users: Tensor) -> tuple[Tensor, Tensor]:
-        """(U, n) indices of the users' pairs and the mask of the real ones."""
-        grouped = self.data.grouped()
-        counts = grouped.counts[users]
-        column = torch.arange(int(counts.max()), device=counts.device)
-        real = column < counts[:, None]
-        return grouped.order[torch.where(real, grouped.offsets[users][:, None] + column, 0)], real
 
     def _ties(self, index: Tensor) -> Tensor | None:
         return self.data.tie[index] if bool(self.data.tie.any()) else None
@@ -326,7 +319,7 @@ class Selection:
         for shots, counts in SHOTS:
             parts = []
             for rows in batches(self.data.grouped().counts[held], view.slopes.shape[1]):
-                index, real = self._places(held[rows])
+                index, real = self.data.grouped().padded(held[rows])
                 asked = (self.query[index] & real & ~self.data.tie[index]) * self.data.weight[index]
                 margin = view.offset[index] * real
                 if prior is not None:
