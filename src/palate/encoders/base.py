@@ -7,14 +7,15 @@ fingerprint, and every table carries it.
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
-from palate.data.embeddings import Embeddings
+from palate.data.embeddings import Dense, Embeddings
 from palate.data.pairs import EmbeddedPairs, PairSet, Text
 from palate.data.splits import By, pair_labels, unit_labels
 from palate.errors import DataError
@@ -81,6 +82,68 @@ class Encoder(ABC):
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.spec!r}, fingerprint {self.fingerprint[:12]})"
+
+
+class Batch(NamedTuple):
+    """Some of the texts of a plan, and the forward pass that turns them into rows."""
+
+    rows: list[int]
+    compute: Callable[[], Tensor]  # (len(rows), D) float, finite; raises where a row cannot be computed
+
+
+class Keeper(Protocol):
+    """What keeps rows between runs: `palate.encoders.cache.Cache`."""
+
+    def table(self, encoder: "BatchedEncoder", texts: Sequence[Text]) -> Embeddings: ...
+
+
+class BatchedEncoder(Encoder):
+    """An encoder whose rows cost something, so that they are planned in batches, and kept where there is a cache.
+
+    The plan is a function of the texts alone and is made before the first forward pass: a job that is interrupted and goes on
+    runs the same batches, so its rows are the same to the last bit.
+
+    Attributes:
+        width: D, the number of features.
+        cache: where rows are kept between runs; None computes them every time.
+        encoded: how many texts the last `encode` computed; the others were repeats, or kept.
+        progress: told (texts done, texts in all) after every batch.
+    """
+
+    width: int
+    cache: Keeper | None = None
+    encoded: int = 0
+    progress: Callable[[int, int], None] | None = None
+
+    @abstractmethod
+    def plan(self, texts: Sequence[Text]) -> Sequence[Batch]:
+        """Batches that hold every one of the distinct `texts` once; the same texts in the same order give the same plan."""
+
+    def encode(self, texts: Sequence[Text]) -> Embeddings:
+        """(N, D) table of `texts`, in their order; a text that stands there twice is computed once."""
+        if self.cache is not None:
+            return self.cache.table(self, texts)
+        position = {text: i for i, text in enumerate(dict.fromkeys(texts))}
+        table = torch.empty(len(position), self.width)
+        for batch, done in self.run(list(position)):
+            table[batch.rows] = done.to(table)
+        return Dense(table if len(position) == len(texts) else table[[position[text] for text in texts]])
+
+    def run(self, texts: Sequence[Text], plan: Sequence[Batch] | None = None) -> Iterator[tuple[Batch, Tensor]]:
+        """Every batch of the plan and its rows, one after the other; `encoded` counts and `progress` is told."""
+        self.encoded, total = 0, len(texts)
+        for batch in self.plan(texts) if plan is None else plan:
+            with torch.inference_mode():
+                rows = batch.compute()
+            if rows.shape != (len(batch.rows), self.width) or not bool(torch.isfinite(rows).all()):
+                raise DataError(
+                    f"{self!r} gave rows of shape {tuple(rows.shape)}, finite: {bool(torch.isfinite(rows).all())}; expected "
+                    f"({len(batch.rows)}, {self.width}) finite numbers. Nothing is made up in their place"
+                )
+            self.encoded += len(batch.rows)
+            if self.progress is not None:
+                self.progress(self.encoded, total)
+            yield batch, rows
 
 
 def has_several(pairs: PairSet, label: NDArray[np.int64]) -> bool:

