@@ -173,19 +173,29 @@ def _without(data: EmbeddedPairs, design: Design, fold: Tensor, held: int) -> Su
 
 
 def _path(data: EmbeddedPairs, spaces: Sequence[Subspace], fold: Tensor, ridges: Sequence[float]) -> Tensor:
-    """(R, U) mean log loss of each held-out user at every ridge, fitted roughly, from the strongest to the weakest."""
+    """(R, U) mean log loss of each held-out user at every ridge, fitted roughly, from the strongest to the weakest.
+
+    Weaker ridges take most of the passes. Once the loss of a fold is above its lowest by more than two standard errors over users,
+    the rest of its path is left out (NaN), and such a ridge is not chosen.
+    """
     losses = torch.full((len(ridges), len(data.user_ids)), torch.nan)
     tied = data.tie if bool(data.tie.any()) else None
     for f, space in enumerate(spaces):
+        lowest: Tensor | None = None
         for ridge in sorted(ridges, reverse=True):
             space.solve(ridge, tolerance=ROUGH, steps=ROUGH_STEPS)
-            loss = user_means(likelihood.nll(space.margins, tied)[:, None], data)[:, 0].cpu()
-            losses[list(ridges).index(ridge), fold == f] = loss[fold == f].to(losses)
+            loss = user_means(likelihood.nll(space.margins, tied)[:, None], data)[:, 0].cpu()[fold == f].to(losses)
+            losses[list(ridges).index(ridge), fold == f] = loss
+            if lowest is None or loss.mean() < lowest.mean():
+                lowest = loss
+            elif (loss - lowest).mean() > 2 * (loss - lowest).std() / len(loss) ** 0.5:
+                break
     return losses
 
 
 def _means(losses: Tensor) -> list[float]:
-    held = ~torch.isnan(losses[0])
+    """NaN for a ridge that some fold did not reach, and for all of them where nobody is held out."""
+    held = ~torch.isnan(losses).all(0)
     return [float(row[held].mean()) if bool(held.any()) else float("nan") for row in losses]
 
 

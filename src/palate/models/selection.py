@@ -25,7 +25,7 @@ ROUNDS = (0, 10, 40)
 WIDTHS = (0.03, 0.1, 0.3, 1.0)  # kappas with which rounds are compared
 RANKS = (1, 2, 4, 8, 16)
 REFINED = 32  # most directions that are refined
-REFINEMENTS = (1e-4, 1e-3)  # ridge of the refined bases
+REFINEMENTS = (1e-4, 1e-3)  # ridge of the refined bases, the bolder one first
 WIDE = 128  # directions among which people's differences are looked for, however few are kept
 MIXED = 16  # most directions in which types are looked for
 KAPPAS = (0.003, 0.01, 0.03, 0.1, 0.25, 0.5, 1.0, 2.0, 4.0, 16.0, 64.0, 256.0, 1024.0, 4096.0)
@@ -139,10 +139,13 @@ class Selection:
         best = self._surely(promising, best)._replace(kappa=1.0)
         narrow = [best._replace(rank=rank) for rank in RANKS if rank < (cap or width)] if best.rounds else []
         best = self._surely(self._try(narrow, best, lambda share: progress(0.5 + 0.1 * share)), best, errors=1)
-        refined = [best._replace(rank=None, refined=ridge) for ridge in REFINEMENTS if self.n_bases > 1]
         # A refinement is dear: only where people surely differ, and the first fold says which one, and whether to go on.
-        sure = loss > 2 * error
-        hopeful = self._try(refined, best, lambda share: progress(0.6 + 0.05 * share), folds=1) if sure else best
+        hopeful = best
+        for number, ridge in enumerate(REFINEMENTS if loss > 2 * error and self.n_bases > 1 else ()):
+            refined = best._replace(rank=None, refined=ridge)
+            hopeful = self._try([refined], hopeful, lambda share, n=number: progress(0.6 + 0.02 * n), folds=1)
+            if hopeful == best:
+                break  # a refinement that moves less has less to offer
         if hopeful != best:
             best = self._surely(self._try([hopeful], best, lambda share: progress(0.65 + 0.05 * share)), best)
         scaled = [best._replace(kappa=kappa) for kappa in kappas]
