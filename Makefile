@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 KEY := $(shell cat pyproject.toml constraints.txt | cksum | cut -d ' ' -f 1)
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
-.PHONY: demo test test-fast lint bench clean
+.PHONY: demo test test-fast lint bench crash clean
 .DEFAULT_GOAL := help
 
 .PHONY: help
@@ -19,6 +19,7 @@ help:
 	@echo "make test-fast  pytest without the slow tests, stopping at the first failure (the inner loop)"
 	@echo "make lint       ruff and mypy"
 	@echo "make bench      the speed figures, into bench-report/"
+	@echo "make crash      kill an encoding process at 50 random moments and resume: are the features byte-identical? (10 minutes)"
 	@echo "make clean      remove .venv, caches and reports"
 
 $(BIN)/python:
@@ -51,6 +52,9 @@ test-fast: $(VENV)/.test-$(KEY)
 
 bench: $(VENV)/.test-$(KEY)
 	$(BIN)/python -m benchmarks --out bench-report
+
+crash: $(VENV)/.test-$(KEY)
+	$(BIN)/python -m benchmarks.kill_encoder
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis demo-report bench-report

@@ -7,9 +7,11 @@ Connections are refused by pytest-socket (see `addopts` in pyproject.toml); a te
 import importlib.util
 import io
 import os
+import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
@@ -22,6 +24,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["PALATE_CACHE"] = tempfile.mkdtemp(prefix="palate-cache-")  # not the folder of whoever runs the tests
 
 import torch
 
@@ -37,6 +40,12 @@ settings.register_profile(
 )
 settings.register_profile("explore", deadline=None, max_examples=500)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _cache_of_the_tests() -> Iterator[None]:
+    yield
+    shutil.rmtree(os.environ["PALATE_CACHE"], ignore_errors=True)
 
 
 @pytest.fixture(scope="session")

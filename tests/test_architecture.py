@@ -31,11 +31,11 @@ LAYERS = [
     {"priors", "solvers"},
     {"models", "encoders", "data.*"},
     {"adaptation"},
-    {"training", "questions", "store", "carrying", "growing", "naming"},
+    {"training", "questions", "store", "carrying", "growing", "naming", "devices", "end_to_end"},
     {"evaluation", "scoring", "judges", "scale"},
     {"report", "alignment", "audit", "runs"},
     {"server"},
-    {"studio", "cli", "doctor", "terminal", "training_cli", "__main__"},
+    {"studio", "cli", "doctor", "terminal", "training_cli", "cache_cli", "tuning_cli", "hub_cli", "__main__"},
 ]
 # Everything an extra of pyproject.toml brings, by the name it is imported under.
 OPTIONAL = (

@@ -298,7 +298,9 @@ def test_load_encoder_by_name() -> None:
 
 @pytest.mark.parametrize("spec", ["bert-base-uncased", "", "items+", "Style"])
 def test_load_encoder_lists_what_exists(spec: str) -> None:
-    with pytest.raises(DataError, match=r"there is no encoder .* expected items, minilm, style, or several .* hub"):
+    with pytest.raises(
+        DataError, match=r"there is no encoder .* expected items, minilm, style, 'hf:\.\.\.' .* or several joined"
+    ):
         load_encoder(spec)
 
 

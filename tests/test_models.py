@@ -38,6 +38,9 @@ METHODS: dict[str, Callable[[], RewardModel]] = {
     "nobody differs": lambda: palate.Hierarchical(4, bend=0, kappa=0.0),
     "mrm": lambda: palate.MRM(3, inner=ExactSolve(), outer=Outer(0.05, 64, 4, "constant", warmup=0.0, ridge=1e-3)),
     "mrm-faithful": lambda: palate.MRM.faithful(epochs=4),
+    "scorers": lambda: palate.GivenBases(),
+    "scorers, signed": lambda: palate.GivenBases("signed"),
+    "scorers, mixed": lambda: palate.GivenBases("simplex"),
 }
 CLASSES = {
     "pref": "PReF",
@@ -47,6 +50,8 @@ CLASSES = {
     "lore-faithful": "LoRe",
 }  # the others are Hierarchical
 CLASSES |= {"mrm": "MRM", "mrm-faithful": "MRM"}
+CLASSES |= dict.fromkeys(("scorers", "scorers, signed", "scorers, mixed"), "GivenBases")
+EXEMPT = {"Reference"}  # nothing is fitted, and it needs an encoder with a head: its contract is tests/test_reference.py
 EVERY = pytest.mark.parametrize("name", METHODS)
 
 
@@ -107,8 +112,8 @@ def test_every_class_is_under_contract_and_can_be_saved() -> None:
         below = [kind for kind in waiting.pop().__subclasses__() if kind.__module__.startswith("palate.")]
         waiting += below
         found |= {kind.__name__ for kind in below}
-    assert len(found) == 5
-    assert found == files.KINDS.keys() == {type(make()).__name__ for make in METHODS.values()}
+    assert len(found) == 7
+    assert found == files.KINDS.keys() == {type(make()).__name__ for make in METHODS.values()} | EXEMPT
     assert all(type(make()).__name__ == CLASSES.get(name, "Hierarchical") for name, make in METHODS.items())
 
 
@@ -368,10 +373,12 @@ def nothing_learned() -> dict[str, RewardModel]:
     zeros = torch.zeros
     return {
         "BradleyTerry": palate.BradleyTerry().like({"direction": zeros(5)}),
+        "Reference": palate.Reference().like({"direction": zeros(5)}),
         "LoRe": palate.LoRe(2).like({"bases": zeros(5, 2), "mean_weights": torch.full((2,), 0.5)}),
         "PReF": palate.PReF().like({"direction": zeros(5), "bases": zeros(5, 0)}),
         "Hierarchical": palate.Hierarchical().like({"direction": zeros(5), "bases": zeros(5, 0)}),
         "MRM": palate.MRM(0).like({"direction": zeros(5), "bases": zeros(5, 0)}),
+        "GivenBases": palate.GivenBases().like({"scale": zeros(5), "crowd": zeros(5)}),
     }
 
 

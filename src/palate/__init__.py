@@ -16,6 +16,7 @@ from palate.version import __version__
 
 if TYPE_CHECKING:
     from palate.adaptation import Profile, Profiles, adapt, margins
+    from palate.alignment.hub import load_scorer, push_to_hub
     from palate.carrying import carry
     from palate.data.embeddings import Dense, Embeddings, Joined, OneHot
     from palate.data.pairs import Choice, EmbeddedPairs, Message, PairSet, Text
@@ -24,6 +25,9 @@ if TYPE_CHECKING:
     from palate.data.synthetic import Population, synthetic
     from palate.data.validation import ValidationReport, validate
     from palate.encoders import Encoder, load_encoder
+    from palate.encoders.cache import Cache, with_cache
+    from palate.encoders.tuned import LoRA, TunedEncoder
+    from palate.end_to_end import Passes, fit_through
     from palate.errors import (
         ConvergenceError,
         DataError,
@@ -38,18 +42,22 @@ if TYPE_CHECKING:
     from palate.growing import grow
     from palate.models.base import RewardModel, load_model
     from palate.models.factored import BradleyTerry, LoRe
+    from palate.models.given import GivenBases
     from palate.models.hierarchical import Hierarchical
     from palate.models.mrm import MRM
     from palate.models.pref import PReF
     from palate.models.published import PublishedPairs, load_published_mrm, load_published_pairs
+    from palate.models.reference import Reference
     from palate.naming import Naming, name_bases, name_profile
     from palate.report import write_report
+    from palate.report.card import model_card
     from palate.runs import train
     from palate.scoring import Scorer
     from palate.training import fit
 
 _HOME = {
     "palate.adaptation": ("Profile", "Profiles", "adapt", "margins"),
+    "palate.alignment.hub": ("load_scorer", "push_to_hub"),
     "palate.carrying": ("carry",),
     "palate.data.embeddings": ("Dense", "Embeddings", "Joined", "OneHot"),
     "palate.data.pairs": ("Choice", "EmbeddedPairs", "Message", "PairSet", "Text"),
@@ -58,6 +66,9 @@ _HOME = {
     "palate.data.synthetic": ("Population", "synthetic"),
     "palate.data.validation": ("ValidationReport", "validate"),
     "palate.encoders": ("Encoder", "load_encoder"),
+    "palate.encoders.cache": ("Cache", "with_cache"),
+    "palate.encoders.tuned": ("LoRA", "TunedEncoder"),
+    "palate.end_to_end": ("Passes", "fit_through"),
     "palate.errors": (
         *("ConvergenceError", "DataError", "LeakError", "MismatchError"),
         *("MissingExtraError", "ModelFileError", "PalateError", "UnknownUserError"),
@@ -66,12 +77,15 @@ _HOME = {
     "palate.growing": ("grow",),
     "palate.models.base": ("RewardModel", "load_model"),
     "palate.models.factored": ("BradleyTerry", "LoRe"),
+    "palate.models.given": ("GivenBases",),
     "palate.models.hierarchical": ("Hierarchical",),
     "palate.models.mrm": ("MRM",),
     "palate.models.pref": ("PReF",),
     "palate.models.published": ("PublishedPairs", "load_published_mrm", "load_published_pairs"),
+    "palate.models.reference": ("Reference",),
     "palate.naming": ("Naming", "name_bases", "name_profile"),
     "palate.report": ("write_report",),
+    "palate.report.card": ("model_card",),
     "palate.runs": ("train",),
     "palate.scoring": ("Scorer",),
     "palate.training": ("fit",),
@@ -97,14 +111,22 @@ __all__ = [  # noqa: RUF022 - in the order of the way through, then the errors
     "OneHot",
     "Joined",
     "load_encoder",
+    "Cache",
+    "with_cache",
     "Encoder",
     "fit",
+    "fit_through",
+    "LoRA",
+    "Passes",
+    "TunedEncoder",
     "RewardModel",
     "Hierarchical",
     "BradleyTerry",
+    "Reference",
     "LoRe",
     "PReF",
     "MRM",
+    "GivenBases",
     "train",
     "load_published_pairs",
     "load_published_mrm",
@@ -120,10 +142,13 @@ __all__ = [  # noqa: RUF022 - in the order of the way through, then the errors
     "name_profile",
     "Naming",
     "Scorer",
+    "load_scorer",
     "evaluate",
     "compare",
     "Evaluation",
     "write_report",
+    "model_card",
+    "push_to_hub",
     "PalateError",
     "DataError",
     "LeakError",

@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING, Annotated, BinaryIO
 
 import typer
 
-from palate import terminal, training_cli
+from palate import cache_cli, hub_cli, terminal, training_cli, tuning_cli
 from palate.errors import DataError
 from palate.version import __version__
 
 if TYPE_CHECKING:
     from palate.data.pairs import PairSet
     from palate.data.splits import By
+    from palate.encoders import Encoder
     from palate.models.base import RewardModel
 
 app = typer.Typer(
@@ -27,6 +28,7 @@ app = typer.Typer(
 )
 data_app = typer.Typer(no_args_is_help=True, help="Make data sets.")
 app.add_typer(data_app, name="data")
+app.add_typer(cache_cli.app, name="cache")
 
 Rows = Annotated[
     Path,
@@ -37,14 +39,15 @@ Rows = Annotated[
         show_default=False,
     ),
 ]
-Model = Annotated[Path, typer.Argument(metavar="MODEL", help="A folder written by `palate fit`.", show_default=False)]
+Model = hub_cli.AnyModel
 EncoderSpec = Annotated[
     str,
     typer.Option(
         "--encoder",
         metavar="SPEC",
         help="How texts become features: 'style' (interpretable statistics), 'items' (one feature per distinct response, for a "
-        "fixed catalogue), 'minilm' (a small sentence encoder), or several joined: 'minilm+style'.",
+        "fixed catalogue), 'minilm' (a small sentence encoder), 'hf:' or 'st:' and an id on the hub or a folder (a model of "
+        "transformers or of sentence-transformers), or several joined: 'minilm+style'. docs/encoders.md lists all of them.",
     ),
 ]
 ITEM_PAIRS = 40  # pairs made of votes are products of two short lists: more of them say little that is new
@@ -90,7 +93,7 @@ def demo(
     best = data.oracle_accuracy()
     terminal.note(f"{data.pairs!r}, generated. The true rewards predict {best:.1%} of the choices, the most that can be reached.")
     models = terminal.methods("bt,lore,hierarchical")
-    _compare(data.pairs, "style", models, out, by="conversation", seeds=seeds, shots="0,1,2,5,10,all")
+    _compare(data.pairs, cache_cli.encoder("style"), models, out, by="conversation", seeds=seeds, shots="0,1,2,5,10,all")
 
 
 @app.command()
@@ -130,24 +133,31 @@ def fit(
     encoder: EncoderSpec = "style",
     method: Annotated[str, typer.Option(metavar="NAME", help=f"One of {', '.join(terminal.METHODS)}.")] = "hierarchical",
     seed: Seed = 0,
+    cache: cache_cli.CacheFolder = None,
+    no_cache: cache_cli.NoCache = False,
+    lora: tuning_cli.Lora = False,
+    lora_rank: tuning_cli.Rank = 16,
+    hidden: tuning_cli.Hidden = "",
+    epochs: tuning_cli.Epochs = 10,
+    rate: tuning_cli.Rate = 2e-4,
+    checkpointing: tuning_cli.Checkpointing = False,
+    bf16: tuning_cli.Bf16 = False,
 ) -> None:
     """Learn what is shared: the crowd's reward and what people differ about. The model holds no user and no text."""
-    from palate.encoders import load_encoder
-    from palate.training import fit as fit_model
+    from palate.models.reference import bound
 
-    model, features = terminal.method(method), load_encoder(encoder)
+    tuning = tuning_cli.asked(lora, lora_rank, hidden, epochs, rate, checkpointing, bf16)
+    model, features = terminal.method(method), cache_cli.encoder(encoder, cache, no_cache)
+    model = bound(model, features)
     pairs, _ = terminal.read_choices(rows)
-    with terminal.progress(f"Encoding {len(pairs.texts)} texts"):
-        data = features.embed(pairs)
-    with terminal.progress(f"Fitting {method}") as advance:
-        model = fit_model(data, model, seed=seed, progress=lambda share, what: advance(round(100 * share), 100, what))
-    model.save_pretrained(out)
-    terminal.save_encoder(features, out)
+    model = tuning_cli.fitted(features, pairs, model, tuning, method=method, out=out, seed=seed)
     terminal.note(f"{method}, fitted on {pairs!r}; {terminal.what_was_found(model)}")
     terminal.say(str(out))
 
 
 app.command("train")(training_cli.train)
+app.command("card")(hub_cli.card)
+app.command("push")(hub_cli.push)
 
 
 @app.command()
@@ -157,15 +167,16 @@ def adapt(
     out: Annotated[
         Path, typer.Option(metavar="PROFILES", help="File of the profiles, one for each user of ROWS.", show_default=False)
     ],
+    cache: cache_cli.CacheFolder = None,
+    no_cache: cache_cli.NoCache = False,
 ) -> None:
     """Learn what each user of ROWS wants, all in one batched solve. A profile is a few numbers and belongs to this model."""
     from palate.adaptation import adapt as adapt_users
     from palate.models.base import load_model
 
-    fitted, features = load_model(model), terminal.saved_encoder(model)
+    fitted, features = load_model(model), cache_cli.kept(terminal.saved_encoder(model), cache, no_cache)
     pairs, _ = terminal.read_choices(rows)
-    with terminal.progress(f"Encoding {len(pairs.texts)} texts"):
-        data = features.embed(pairs)
+    data = cache_cli.embed(features, pairs)
     with terminal.progress(f"Adapting {len(pairs.user_ids)} users"):
         profiles = adapt_users(fitted, data)
     profiles.save(out)
@@ -242,6 +253,8 @@ def compare(
     believe_format: Annotated[
         bool, typer.Option("--believe-format", help="Take it for taste, not for a leak, if formatting alone tells the choices.")
     ] = False,
+    cache: cache_cli.CacheFolder = None,
+    no_cache: cache_cli.NoCache = False,
 ) -> None:
     """Compare methods on the same splits, with intervals over users, and write a report. The test choices are never fitted on.
 
@@ -259,7 +272,7 @@ def compare(
         max_support, max_test = max_support or ITEM_PAIRS, max_test or ITEM_PAIRS
     _compare(
         pairs,
-        encoder,
+        cache_cli.encoder(encoder, cache, no_cache),
         models,
         out,
         by=by,
@@ -277,7 +290,7 @@ def compare(
 
 def _compare(
     pairs: "PairSet",
-    encoder: str,
+    features: "Encoder",
     models: "dict[str, RewardModel]",
     out: Path,
     *,
@@ -293,12 +306,10 @@ def _compare(
     believe_format: bool = False,
 ) -> None:
     numbers = terminal.shots(shots)
-    from palate.encoders import load_encoder
     from palate.evaluation import compare as compare_methods
     from palate.report import write_report
 
-    features = load_encoder(encoder)
-    with terminal.progress(f"Encoding {len(pairs.texts)} texts") as advance:
+    with terminal.progress(f"Encoding {len(pairs.texts)} texts") as advance, cache_cli.watched(features, advance):
         evaluation = compare_methods(
             pairs,
             features,
@@ -313,6 +324,7 @@ def _compare(
             data_set=data_set,
             progress=advance,
         )
+    cache_cli.say_encoded(features)
     with terminal.progress("Writing the report"):
         write_report(evaluation, out, quarantined=quarantined, quote_texts=quote_texts)
     terminal.show_evaluation(evaluation)

@@ -16,7 +16,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from palate.errors import DataError, ModelFileError, PalateError
+from palate.errors import DataError, PalateError
 
 if TYPE_CHECKING:
     from palate.data.pairs import PairSet
@@ -43,6 +43,12 @@ def _bradley_terry() -> "RewardModel":
     from palate.models.factored import BradleyTerry
 
     return BradleyTerry()
+
+
+def _reference() -> "RewardModel":
+    from palate.models.reference import Reference
+
+    return Reference()
 
 
 def _lore() -> "RewardModel":
@@ -81,6 +87,12 @@ def _pref_faithful() -> "RewardModel":
     return PReF.faithful()
 
 
+def _given_bases() -> "RewardModel":
+    from palate.models.given import GivenBases
+
+    return GivenBases()
+
+
 METHODS: Mapping[str, Callable[[], "RewardModel"]] = {
     "hierarchical": _hierarchical,
     "bt": _bradley_terry,
@@ -90,6 +102,8 @@ METHODS: Mapping[str, Callable[[], "RewardModel"]] = {
     "pref-faithful": _pref_faithful,
     "mrm": _mrm,
     "mrm-faithful": _mrm_faithful,
+    "scorers": _given_bases,
+    "reference": _reference,
 }
 
 
@@ -145,7 +159,8 @@ def solves(model: "RewardModel") -> bool:
 def what_was_found(model: "RewardModel") -> str:
     """One line on whether people were found to differ."""
     if not model.n_weights:
-        return "one reward for everybody" + ("" if type(model).__name__ == "BradleyTerry" else ": no sure gain by personal ones")
+        alone = type(model).__name__ in ("BradleyTerry", "Reference")
+        return "one reward for everybody" + ("" if alone else ": no sure gain by personal ones")
     return f"{model.n_weights} personal weights a user"
 
 
@@ -244,24 +259,27 @@ def read_candidates(path: Path) -> list[str]:
 
 
 def save_encoder(encoder: "Encoder", folder: Path) -> None:
-    """Beside a model, what makes the same features again. Written whole or not at all."""
-    partial = folder / f"{ENCODER_FILE}.partial"
-    partial.write_text(json.dumps(encoder.state()), encoding="utf-8")
-    partial.replace(folder / ENCODER_FILE)
+    """Beside a model, what makes the same features again (`palate.encoders.saved`)."""
+    from palate.encoders.saved import save_encoder
+
+    save_encoder(encoder, folder)
 
 
 def saved_encoder(folder: Path) -> "Encoder":
-    """The encoder of a model's folder, with the fingerprint that it had."""
-    from palate.encoders import restore_encoder
+    """The encoder of a model's folder, with the fingerprint that it had (`palate.encoders.saved`)."""
+    from palate.encoders.saved import saved_encoder
 
-    path = folder / ENCODER_FILE
-    if not path.exists():
-        raise ModelFileError(f"{folder} has no {ENCODER_FILE}; expected a folder written by `palate fit`")
-    try:
-        state = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ModelFileError(f"{path} is no JSON ({error}); expected what `palate fit` wrote; fit the model again") from error
-    return restore_encoder(state)
+    return saved_encoder(folder)
+
+
+def model_folder(model: Path) -> Path:
+    """`model`, or where the files of ORG/NAME or ORG/NAME@REVISION on the Hub now are; a folder that exists is taken first."""
+    if model.exists():
+        return model
+    from palate.models.hub import located
+
+    name, _, revision = str(model).partition("@")
+    return located(name, revision=revision or None).folder
 
 
 def show_evaluation(evaluation: "Evaluation") -> None:

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from palate import terminal
+from palate import cache_cli, terminal
 from palate.errors import DataError
 
 if TYPE_CHECKING:
@@ -36,20 +36,20 @@ def train(
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in DIR, to the same bits.")] = False,
     seed: Annotated[int, typer.Option(help="Same seed, same result on the same machine.", min=0)] = 0,
+    cache: cache_cli.CacheFolder = None,
+    no_cache: cache_cli.NoCache = False,
 ) -> None:
     """Learn what is shared epoch by epoch, with a log and checkpoints; killed at any moment, it goes on with --resume.
 
     DIR/model is a model for [bold]palate adapt[/bold] and [bold]palate rank[/bold], as of the last checkpoint.
     """
     from palate.data.splits import holdout_users, split
-    from palate.encoders import load_encoder
     from palate.runs import MODEL
     from palate.runs import train as run
 
-    model, features = _model(method, epochs, rate), load_encoder(encoder)
+    model, features = _model(method, epochs, rate), cache_cli.encoder(encoder, cache, no_cache)
     pairs, _ = terminal.read_choices(rows)
-    with terminal.progress(f"Encoding {len(pairs.texts)} texts"):
-        data = features.embed(pairs)
+    data = cache_cli.embed(features, pairs)
     held_out = None
     if hold_out:
         kept, held = holdout_users(data, hold_out, seed)

@@ -9,9 +9,11 @@ stored in half precision are converted in blocks; the whole table is never copie
 import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from typing import Any, Protocol
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from palate.errors import DataError
@@ -59,13 +61,26 @@ class Embeddings(ABC):
         return self.shape[0]
 
 
-class Dense(Embeddings):
-    """A tensor or NumPy array or memory map (N, D) of any float type; computation is in float32 unless the table is float64."""
+class Fetched(Protocol):
+    """Rows that are fetched when they are asked for, such as those of a cache: what `Dense` needs of them."""
 
-    def __init__(self, table: Tensor | np.ndarray):
+    ndim: int
+    shape: tuple[int, int]
+    dtype: np.dtype[Any]
+
+    def __getitem__(self, part: slice | NDArray[Any]) -> NDArray[Any]: ...
+
+    def select(self, index: NDArray[Any]) -> "Fetched":
+        """The same for the rows `index` only; nothing is fetched yet."""
+
+
+class Dense(Embeddings):
+    """A tensor, NumPy array, memory map or `Fetched` rows (N, D) of any float type; computes in float32 unless it is float64."""
+
+    def __init__(self, table: Tensor | np.ndarray | Fetched):
         if table.ndim != 2:
             raise DataError(f"embeddings have shape {tuple(table.shape)}; expected (N, D): one row per distinct text")
-        if isinstance(table, np.ndarray):
+        if not isinstance(table, Tensor):
             if table.dtype.kind != "f":
                 raise DataError(f"embeddings have dtype {table.dtype}; expected a floating type")
             self.device = torch.device("cpu")
@@ -103,7 +118,10 @@ class Dense(Embeddings):
         return self._block(index)
 
     def take(self, index: Tensor) -> "Dense":
-        return Dense(self.table[index if isinstance(self.table, Tensor) else index.cpu().numpy()])
+        if isinstance(self.table, Tensor):
+            return Dense(self.table[index])
+        chosen = index.cpu().numpy()
+        return Dense(self.table[chosen] if isinstance(self.table, np.ndarray) else self.table.select(chosen))
 
     def project(self, directions: Tensor) -> Tensor:
         whole = self._whole()

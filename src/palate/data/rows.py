@@ -37,6 +37,11 @@ _STRINGIFIED = re.compile(
 _STRINGIFIED_TURN = re.compile(r"\s*\{\s*['\"](?:role|content)['\"]\s*:.*\}\s*", re.DOTALL)
 
 
+def is_stringified(text: str) -> bool:
+    """Whether a text is what `str()` makes of a list of texts or turns, of one turn, or of an empty list."""
+    return bool(_STRINGIFIED.fullmatch(text) or _STRINGIFIED_TURN.fullmatch(text))
+
+
 class Reason(StrEnum):
     """Why a row is bad: the codes of a validation report."""
 
@@ -152,7 +157,7 @@ def _text_problems(column: str, text: str, *, may_be_empty: bool = False) -> lis
         except UnicodeEncodeError as error:
             where = f"{column} holds a lone surrogate (half a character) at position {error.start}: {text[error.start]!a}"
             problems.append(Problem(Reason.BAD_CHARACTER, f"{where}; expected valid Unicode"))
-    if _STRINGIFIED.fullmatch(text) or _STRINGIFIED_TURN.fullmatch(text):
+    if is_stringified(text):
         message = f"{column} is a list that became a text: {_shown(text)}; write the text itself, or a real list of turns"
         problems.append(Problem(Reason.STRINGIFIED_LIST, message))
     return problems

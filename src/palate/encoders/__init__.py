@@ -1,57 +1,140 @@
 """From texts to features: `load_encoder` by name, `restore_encoder` from what a saved model carries."""
 
-from collections.abc import Callable
+import importlib
+from pathlib import Path
+from typing import Any
 
-from palate.encoders.base import Encoder, State
+from palate.encoders.base import BatchedEncoder, Encoder, State, digest
 from palate.encoders.joined import JoinedEncoder
 from palate.encoders.minilm import MiniLM
 from palate.encoders.offline import Items, Style
+from palate.encoders.sentence import SentenceEncoder
+from palate.encoders.specs import Part, chosen, parse
 from palate.errors import DataError, MismatchError, ModelFileError
 
-__all__ = ["Encoder", "Items", "JoinedEncoder", "MiniLM", "State", "Style", "load_encoder", "restore_encoder"]
+__all__ = [
+    "BatchedEncoder",
+    "Encoder",
+    "Items",
+    "JoinedEncoder",
+    "MiniLM",
+    "SentenceEncoder",
+    "State",
+    "Style",
+    "load_encoder",
+    "restore_encoder",
+]
 
-_KNOWN: dict[str, Callable[[], Encoder]] = {"items": Items, "minilm": MiniLM, "style": Style}
+NAMES = ("items", "minilm", "style")
+KINDS = {  # what stands before a colon, and what after it
+    "hf": "a model of transformers: an id on the hub, or a folder",
+    "st": "a model of sentence-transformers, likewise",
+    "labels": "all the logits of a classifier",
+    "scores": "a file with scores of every text",
+    "openai": "a model behind an OpenAI-compatible /embeddings",
+    "vllm": "a model behind vLLM's /pooling",
+}
+# Modules that only some users need: each is imported when its encoder is asked for.
+_BY_SPEC = {
+    "labels": "palate.encoders.labels:LabelScores",
+    "scores": "palate.encoders.scorers:TableScorers",
+    "openai": "palate.encoders.endpoints:OpenAIEmbeddings",
+    "vllm": "palate.encoders.endpoints:VLLMPooling",
+}
+_BY_STATE = {**_BY_SPEC, "scorers": "palate.encoders.scorers:Scorers"}
 
 
 def load_encoder(spec: str) -> Encoder:
-    """The encoder named by `spec`: "items", "style", "minilm", or several joined with "+" ("minilm+style").
+    """The encoder named by `spec`.
+
+    "items", "style" and "minilm" are names; "st:ID" and "hf:ID" models of sentence-transformers and of transformers, by an id on
+    the hub or a folder; "labels:ID" all the logits of a classifier; "scores:FILE" scores from a file; "openai:MODEL" and
+    "vllm:MODEL" models behind a server. Options follow a question mark ("minilm?text=response"), and "+" joins several
+    ("hf:./folder+style"); the grammar is in `palate.encoders.specs`. A folder, or an id whose files are in the hub's cache, may
+    stand without its prefix.
 
     Raises:
-        DataError: a name that does not exist, an empty part, the same part twice.
+        DataError: a name, kind or option that does not exist, an empty part, the same part twice.
+        ModelFileError: a model that cannot be loaded.
         MissingExtraError: an encoder whose packages are not installed; the message has the command.
     """
     if not isinstance(spec, str):
         raise DataError(f"the encoder is a {type(spec).__name__}; expected a name such as 'minilm+style'")
-    names = [name.strip() for name in spec.split("+")]
-    for name in names:
-        if name not in _KNOWN:
-            raise DataError(
-                f"there is no encoder {name!r} (in {spec!r}); expected {', '.join(sorted(_KNOWN))}, or several joined with "
-                "'+'. Models from a hub or a folder are not supported yet: embed the texts yourself and pass EmbeddedPairs"
-            )
-    if len(set(names)) != len(names):
+    parts = [_resolved(part, spec) for part in parse(spec, NAMES, KINDS)]
+    if len(set(parts)) != len(parts):
         raise DataError(f"{spec!r} names an encoder twice; expected each one once")
-    parts = [_KNOWN[name]() for name in names]
-    return parts[0] if len(parts) == 1 else JoinedEncoder(parts)
+    encoders = [_made(part) for part in parts]
+    return encoders[0] if len(encoders) == 1 else JoinedEncoder(encoders)
 
 
 def restore_encoder(state: State) -> Encoder:
     """The encoder whose `state()` was saved, with the same fingerprint.
 
     Raises:
-        ModelFileError: a state that no encoder of this version wrote.
-        MismatchError: this version of the encoder computes other features than the saved one did.
+        ModelFileError: a state that no encoder of this version wrote, or files that are no longer there.
+        MismatchError: this version of the encoder, or its files, give other features than the saved one did.
     """
     try:
         encoder = _restored(state)
     except (AttributeError, KeyError, TypeError, DataError) as error:
+        if isinstance(error, MismatchError | ModelFileError):
+            raise
         raise ModelFileError(f"the saved encoder cannot be read ({error!r}); expected what Encoder.state() returns") from error
-    if encoder.state() != state:
+    if digest(encoder.state()) != digest(state):
         raise MismatchError(
             f"the saved encoder {encoder.spec!r} differs from the one in this version of palate, so its features would mean "
             "something else; use the version that wrote it, or fit again"
         )
     return encoder
+
+
+def _resolved(part: Part, spec: str) -> Part:
+    """The part with its kind said: a folder, or an id in the hub's cache, is known by its files."""
+    if part.source or part.kind in NAMES:
+        return part
+    folder = Path(part.kind)
+    if part.kind and folder.is_dir():
+        if (folder / "modules.json").exists():
+            return Part("st", part.kind, part.options)
+        if (folder / "config.json").exists():
+            return Part("hf", part.kind, part.options)
+        raise DataError(f"the folder {part.kind!r} has neither modules.json nor config.json; expected a saved model")
+    if part.kind.count("/") == 1 and not part.kind.startswith((".", "/")):
+        from huggingface_hub import try_to_load_from_cache
+
+        for kind, file in (("st", "modules.json"), ("hf", "config.json")):
+            if isinstance(try_to_load_from_cache(part.kind, file), str):
+                return Part(kind, part.kind, part.options)
+        raise DataError(
+            f"{part.kind!r} is no folder here and was not fetched from the hub before; expected 'hf:{part.kind}' for a model of "
+            f"transformers, or 'st:{part.kind}' for one of sentence-transformers"
+        )
+    kinds = ", ".join(f"'{kind}:...' ({what})" for kind, what in KINDS.items())
+    raise DataError(
+        f"there is no encoder {part.kind!r} (in {spec!r}); expected {', '.join(NAMES)}, {kinds}, a folder with a model, or "
+        "several joined with '+'"
+    )
+
+
+def _made(part: Part) -> Encoder:
+    options = dict(part.options)
+    if part.kind == "items":
+        return Items(**chosen(options, (), (), "items"))
+    if part.kind == "style":
+        return Style(**chosen(options, (), (), "style"))
+    if part.kind == "minilm":
+        return MiniLM(**chosen(options, ("text",), (), "minilm"))
+    if part.kind == "st":
+        return SentenceEncoder.from_spec(part.source, options)
+    if part.kind == "hf":
+        from palate.encoders.huggingface import HuggingFace
+
+        texts, numbers = ("revision", "pooling", "template", "dtype", "device"), ("layer", "max_tokens", "tokens_per_batch")
+        encoder: Encoder = HuggingFace(part.source, **chosen(options, texts, numbers, "hf"))
+        encoder.spec = str(part)
+        return encoder
+    made: Encoder = _class(_BY_SPEC[part.kind]).from_spec(part.source, options)
+    return made
 
 
 def _restored(state: State) -> Encoder:
@@ -61,7 +144,26 @@ def _restored(state: State) -> Encoder:
     if kind == "items":
         return Items(state["catalogue"])
     if kind == "minilm":
-        return MiniLM(state["text"])
+        return MiniLM.restore(state)
+    if kind == "sentence":
+        return SentenceEncoder.restore(state)
     if kind == "style":
         return Style()
-    raise ModelFileError(f"the saved encoder is of kind {kind!r}; expected one of joined, {', '.join(sorted(_KNOWN))}")
+    if kind == "huggingface":
+        from palate.encoders.huggingface import HuggingFace
+
+        return HuggingFace.from_state(state)
+    if kind in _BY_STATE:
+        restored: Encoder = _class(_BY_STATE[kind]).restore(state)
+        return restored
+    if kind == "tuned":
+        raise ModelFileError(
+            "a tuned encoder keeps its numbers beside its model; read it with palate.encoders.saved.saved_encoder"
+        )
+    known = ("joined", *NAMES, "sentence", "huggingface", *_BY_STATE)
+    raise ModelFileError(f"the saved encoder is of kind {kind!r}; expected one of {', '.join(known)}")
+
+
+def _class(target: str) -> Any:
+    module, _, name = target.partition(":")
+    return getattr(importlib.import_module(module), name)

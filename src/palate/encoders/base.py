@@ -40,11 +40,14 @@ class Encoder(ABC):
 
     @abstractmethod
     def state(self) -> State:
-        """Everything that determines the features, as JSON-able values; `restore_encoder` makes an equal encoder of it."""
+        """Everything that determines the features, as JSON-able values; `restore_encoder` makes an equal encoder of it.
+
+        What says only where files or servers are, and does not change a feature, stands under the key "where".
+        """
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 in hexadecimal of `state`: equal exactly where the features of every text are equal."""
+        """SHA-256 in hexadecimal of `state` without its "where": equal exactly where the features of every text are equal."""
         return digest(self.state())
 
     def embed(self, pairs: PairSet, *, unit: Sequence[Any] | NDArray[Any] | None = None) -> EmbeddedPairs:
@@ -173,5 +176,11 @@ def usual_unit(pairs: PairSet) -> By:
 
 
 def digest(state: Mapping[str, Any]) -> str:
-    """SHA-256 in hexadecimal of JSON-able values, independent of the order of keys."""
-    return hashlib.sha256(json.dumps(state, sort_keys=True, ensure_ascii=True).encode()).hexdigest()
+    """SHA-256 in hexadecimal of JSON-able values, independent of the order of keys and of whatever stands under "where"."""
+    return hashlib.sha256(json.dumps(_meaning(state), sort_keys=True, ensure_ascii=True).encode()).hexdigest()
+
+
+def _meaning(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _meaning(inner) for key, inner in value.items() if key != "where"}
+    return [_meaning(inner) for inner in value] if isinstance(value, list | tuple) else value

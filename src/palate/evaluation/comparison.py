@@ -18,6 +18,7 @@ from palate.evaluation.evaluating import Labels, evaluated
 from palate.evaluation.facts import Failure, Run, SplitFacts, jsonable
 from palate.evaluation.result import Evaluation, Shots
 from palate.models.base import RewardModel
+from palate.models.reference import bound
 from palate.training import fit_with_profiles
 
 SHOTS: tuple[Shots, ...] = (0, 1, 2, 5, 10, 20, None)
@@ -53,7 +54,7 @@ def compare(
         data: choices; rows with a `split` column are split as it says (rows without one are dropped and counted), and the seeds
             then only reseed the fits.
         encoder: turns texts into features; None for `EmbeddedPairs`.
-        methods: unfitted models by the name they have in the results. They are not changed.
+        methods: unfitted models by the name they have in the results. They are not changed. `Reference()` is the encoder's head.
         by: what a user's two sides must not share (`palate.split`; by default the prompt, or `unit` for `EmbeddedPairs`), or a
             function (data, seed) -> `Split` that draws the split itself; the arguments below are then its own affair.
         seeds: how many (0, 1, ...), or which.
@@ -71,6 +72,7 @@ def compare(
     """
     numbers = tuple(range(seeds)) if isinstance(seeds, int) else tuple(seeds)
     _check(methods, numbers, shots)
+    methods, refused = _bound(methods, encoder)
     embedded, embed_by = _embedded(data, encoder, by)
     say = progress or (lambda done, total, what: None)
     given = not callable(by) and isinstance(data, PairSet) and any(label is not None for label in data.split)
@@ -78,7 +80,7 @@ def compare(
     evaluations: list[Evaluation] = []
     splits: list[SplitFacts] = []
     runs: list[Run] = []
-    failures: list[Failure] = []
+    failures = [Failure(data_set, name, seed, "fit", str(why)) for seed in numbers for name, why in refused.items()]
     for seed in numbers:
         say(done, total, f"checking split {seed}")
         if callable(by):
@@ -115,6 +117,18 @@ def _check(methods: Mapping[str, RewardModel], seeds: tuple[int, ...], shots: Se
         raise DataError(f"seeds are {seeds}; expected at least one whole number of 0 or more, each once")
     if len(set(shots)) != len(shots) or any(n is not None and n < 0 for n in shots) or not shots:
         raise DataError(f"shots are {tuple(shots)}; expected different numbers of 0 or more, or None for all choices")
+
+
+def _bound(methods: Mapping[str, RewardModel], encoder: Encoder | None) -> tuple[dict[str, RewardModel], dict[str, PalateError]]:
+    """The methods, a `Reference` as that of the encoder, and those that the encoder cannot have, with the reason."""
+    out: dict[str, RewardModel] = {}
+    refused: dict[str, PalateError] = {}
+    for name, model in methods.items():
+        try:
+            out[name] = bound(model, encoder)
+        except PalateError as error:
+            refused[name] = error
+    return out, refused
 
 
 def _embedded(data: PairSet | EmbeddedPairs, encoder: Encoder | None, by: By | MakeSplit | None) -> tuple[EmbeddedPairs, By]:

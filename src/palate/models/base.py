@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from palate.data.embeddings import Embeddings, as_embeddings
 from palate.errors import DataError, MismatchError, ModelFileError
-from palate.models import files
+from palate.models import files, hub
 from palate.priors import Prior
 from palate.solvers import Batch, Solution
 
@@ -184,21 +184,38 @@ class RewardModel(nn.Module):
         head = {"class": type(self).__name__, "options": self.options(), "encoder": self.encoder, "record": self.record}
         files.write(folder, head, self.state_dict())
 
+    @classmethod
+    def from_pretrained(cls, name: str | Path, *, revision: str | None = None, token: str | None = None) -> Self:
+        """As `load_model`, and of this class: `Hierarchical.from_pretrained("org/name")`. Another one is a `ModelFileError`."""
+        out = load_model(name, revision=revision, token=token)
+        if not isinstance(out, cls):
+            raise ModelFileError(f"{name} is a {type(out).__name__}; expected a {cls.__name__}; load it with palate.load_model")
+        return out
+
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value!r}" for name, value in self.options().items())
 
 
-def load_model(folder: str | Path) -> RewardModel:
-    """The model that `save_pretrained` wrote into `folder`, with the same fingerprint and the same margins, bit for bit.
+def load_model(name: str | Path, *, revision: str | None = None, token: str | None = None) -> RewardModel:
+    """The model that `save_pretrained` wrote into a folder, with the same fingerprint and the same margins, bit for bit.
 
-    Nothing in the folder is executed, and only the library's own classes can be named in it.
+    Where there is no folder of that name, ORG/NAME is a model on the Hugging Face Hub; its record then says which commit it was
+    (`record["hub"]`). Nothing is executed, and only the library's own classes can be named in it.
+
+    Args:
+        name: a folder, or the id of a model that `palate.push_to_hub` wrote.
+        revision: branch, tag or commit of an id.
+        token: for a private model; by default HF_TOKEN, or what `hf auth login` stored.
 
     Raises:
-        ModelFileError: which file is missing, corrupt, foreign, written by a newer version, or holds what its class cannot have.
+        DataError: a revision of a folder.
+        ModelFileError: which file is missing, corrupt, foreign, written by a newer version, or holds what its class cannot have;
+            or why the Hub does not give it.
     """
+    folder, origin = hub.located(name, revision=revision, token=token)
     config, tensors = files.read(folder)
-    name, options = config["class"], config["options"]
-    kind: type[RewardModel] = getattr(import_module(files.KINDS[name].module), name)
+    called, options = config["class"], config["options"]
+    kind: type[RewardModel] = getattr(import_module(files.KINDS[called].module), called)
     try:
         out = kind.from_options(options)
         taken = json.loads(json.dumps(out.options()))
@@ -207,8 +224,8 @@ def load_model(folder: str | Path) -> RewardModel:
         out = out.like(tensors)
         _ = out.prior  # says whether its numbers are a population
     except (DataError, TypeError, KeyError) as error:
-        raise ModelFileError(f"{folder} is no {name} with options {options} ({error}); save the model again") from error
-    out.encoder, out.record = config["encoder"], config["record"]
+        raise ModelFileError(f"{folder} is no {called} with options {options} ({error}); save the model again") from error
+    out.encoder, out.record = config["encoder"], config["record"] | ({} if origin is None else {"hub": origin})
     return out
 
 

@@ -175,8 +175,8 @@ def _without(data: EmbeddedPairs, design: Design, fold: Tensor, held: int) -> Su
 def _path(data: EmbeddedPairs, spaces: Sequence[Subspace], fold: Tensor, ridges: Sequence[float]) -> Tensor:
     """(R, U) mean log loss of each held-out user at every ridge, fitted roughly, from the strongest to the weakest.
 
-    Weaker ridges take most of the passes. Once the loss of a fold is above its lowest by more than two standard errors over users,
-    the rest of its path is left out (NaN), and such a ridge is not chosen.
+    Weaker ridges take most of the passes. Once the loss of a fold is above its lowest by more than two standard errors over
+    users, the rest of its path is left out (NaN), and such a ridge is not chosen.
     """
     losses = torch.full((len(ridges), len(data.user_ids)), torch.nan)
     tied = data.tie if bool(data.tie.any()) else None

@@ -40,6 +40,11 @@ KINDS = {
     "LoRe": Kind("palate.models.factored", {"bases": "DK", "mean_weights": "K"}),
     "MRM": Kind("palate.models.mrm", {"direction": "D", "bases": "DF", "hidden": "H", "start": "K", "spread": "S"}),
     "PReF": Kind("palate.models.pref", {"direction": "D", "bases": "DK", "mean": "K", "factor": "LL"}),
+    "Reference": Kind("palate.models.reference", {"direction": "D", "bias": ""}),
+    "GivenBases": Kind(
+        "palate.models.given",
+        {"scale": "D", "crowd": "D", "concentration": "C", "share": "T", "means": "TK", "factors": "TKK"},
+    ),
     "Hierarchical": Kind(
         "palate.models.hierarchical",
         {
@@ -123,6 +128,16 @@ def read(folder: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise ModelFileError(f"{folder / NUMBERS} is no safetensors file ({error}); save the model again") from error
     _check(folder / NUMBERS, config["class"], tensors)
     return config, tensors
+
+
+def check_ours(folder: str | Path) -> None:
+    """Raise `ModelFileError` unless the config.json of `folder` is that of a model that this version reads."""
+    _header(Path(folder))
+
+
+def check_foreign(folder: str | Path) -> None:
+    """Raise `ModelFileError` where the config.json of `folder` is another library's: a model of any version may be replaced."""
+    _config(Path(folder))
 
 
 def _config(folder: Path) -> dict[str, Any]:

@@ -141,9 +141,9 @@ class Selection:
         best = self._surely(self._try(narrow, best, lambda share: progress(0.5 + 0.1 * share)), best, errors=1)
         # A refinement is dear: only where people surely differ, and the first fold says which one, and whether to go on.
         hopeful = best
-        for number, ridge in enumerate(REFINEMENTS if loss > 2 * error and self.n_bases > 1 else ()):
+        for ridge in REFINEMENTS if loss > 2 * error and self.n_bases > 1 else ():
             refined = best._replace(rank=None, refined=ridge)
-            hopeful = self._try([refined], hopeful, lambda share, n=number: progress(0.6 + 0.02 * n), folds=1)
+            hopeful = self._try([refined], hopeful, lambda share: progress(0.6 + 0.05 * share), folds=1)
             if hopeful == best:
                 break  # a refinement that moves less has less to offer
         if hopeful != best:

@@ -20,6 +20,8 @@ LABELS: Mapping[str, str] = {
     "mrm-faithful": "MRM (as published)",
     "pref": "PReF",
     "pref-faithful": "PReF (as published)",
+    "reference": "The encoder's own head",
+    "scorers": "Given scorers",
 }
 FEW_USERS, FEW_SEEDS = 30, 10
 _TITLES = {"unseen": "Users the model has never met", "seen": "Users it was fitted on, on choices held out"}
