@@ -175,26 +175,29 @@ def _without(data: EmbeddedPairs, design: Design, fold: Tensor, held: int) -> Su
 def _path(data: EmbeddedPairs, spaces: Sequence[Subspace], fold: Tensor, ridges: Sequence[float]) -> Tensor:
     """(R, U) mean log loss of each held-out user at every ridge, fitted roughly, from the strongest to the weakest.
 
-    Weaker ridges take most of the passes. Once the loss of a fold is above its lowest by more than two standard errors over
-    users, the rest of its path is left out (NaN), and such a ridge is not chosen.
+    Weaker ridges take most of the passes. Once the loss over all held-out users is above its lowest by more than two standard
+    errors, the rest of the path is left out (NaN). No fold stops alone: its users may want a stronger ridge than most.
     """
     losses = torch.full((len(ridges), len(data.user_ids)), torch.nan)
     tied = data.tie if bool(data.tie.any()) else None
-    for f, space in enumerate(spaces):
-        lowest: Tensor | None = None
-        for ridge in sorted(ridges, reverse=True):
+    held = (fold >= 0) & (fold < len(spaces))
+    lowest: Tensor | None = None
+    for ridge in sorted(ridges, reverse=True):
+        row = losses[list(ridges).index(ridge)]
+        for f, space in enumerate(spaces):
             space.solve(ridge, tolerance=ROUGH, steps=ROUGH_STEPS)
-            loss = user_means(likelihood.nll(space.margins, tied)[:, None], data)[:, 0].cpu()[fold == f].to(losses)
-            losses[list(ridges).index(ridge), fold == f] = loss
-            if lowest is None or loss.mean() < lowest.mean():
-                lowest = loss
-            elif (loss - lowest).mean() > 2 * (loss - lowest).std() / len(loss) ** 0.5:
-                break
+            loss = user_means(likelihood.nll(space.margins, tied)[:, None], data)[:, 0].cpu()
+            row[fold == f] = loss[fold == f].to(row)
+        risen = torch.zeros(0) if lowest is None else row[held] - lowest
+        if lowest is None or row[held].mean() < lowest.mean():
+            lowest = row[held].clone()
+        elif len(risen) > 1 and risen.mean() > 2 * risen.std() / len(risen) ** 0.5:
+            break
     return losses
 
 
 def _means(losses: Tensor) -> list[float]:
-    """NaN for a ridge that some fold did not reach, and for all of them where nobody is held out."""
+    """NaN for a ridge that was left out, and for all of them where nobody is held out."""
     held = ~torch.isnan(losses).all(0)
     return [float(row[held].mean()) if bool(held.any()) else float("nan") for row in losses]
 
