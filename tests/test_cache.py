@@ -462,7 +462,7 @@ def test_a_folder_that_was_renamed_no_json_and_a_newer_or_broken_index(tmp_path:
     with pytest.raises(ModelFileError, match="has version 7; expected 1; update palate"):
         encode(tmp_path, some(3))
     (folder / INDEX).write_bytes(b"no database at all" * 99)
-    with pytest.raises(ModelFileError, match=r"index\.sqlite is damaged \(.*palate cache prune --encoder"):
+    with pytest.raises(ModelFileError, match=r"index\.sqlite is damaged \(.*palate cache prune --cache .* --encoder"):
         encode(tmp_path, some(3))
     (folder / ENCODER).write_text("{")
     with pytest.raises(ModelFileError, match=r"cannot be read .*expected what palate wrote"):
@@ -499,7 +499,7 @@ def test_a_segment_that_was_cut(tmp_path: Path) -> None:
     rows, _ = encode(tmp_path, texts)
     (segment,) = only(tmp_path).glob("*.f16")
     os.truncate(segment, 20 * WIDTH * 2 + 6)
-    with pytest.raises(ModelFileError, match=r"has 1606 bytes and its index says 1840; it was cut.*verify --repair"):
+    with pytest.raises(ModelFileError, match=r"has 1606 bytes and its index says 1840; it was cut.*verify --cache .* --repair"):
         encode(tmp_path, texts)
     ((message, batch),) = verify(only(tmp_path))
     assert "6 of the 240 bytes of batch" in message
@@ -564,7 +564,7 @@ def test_the_cache_commands(tmp_path: Path, palate_command: Callable[..., Any]) 
     segment.write_bytes(b"\1" + segment.read_bytes()[1:])
     done = palate_command("cache", "verify", "--cache", tmp_path)
     assert (done.code, "(5 rows from 0) is not what was written" in done.out) == (1, True)
-    assert "palate cache verify --repair" in done.err
+    assert f"palate cache verify --cache {tmp_path} --repair" in done.err
     done = palate_command("cache", "verify", "--cache", tmp_path, "--repair")
     assert (done.code, "5 texts of mixing are forgotten and will be encoded again" in done.err) == (1, True)
     assert palate_command("cache", "verify", "--cache", tmp_path).code == 0

@@ -94,6 +94,12 @@ def test_an_error_of_the_system_is_one_line_too(palate_command: Run, tmp_path: P
     assert "No such file or directory" in err
 
 
+def test_an_error_of_several_lines_is_said_in_one(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as left, terminal.errors_as_one_line(debug=False):
+        raise DataError("no hub (refused\nby the network); give a folder")
+    assert (left.value.code, capsys.readouterr().err) == (2, "palate: no hub (refused by the network); give a folder\n")
+
+
 def test_debug_shows_the_traceback_wherever_it_stands(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     from palate.cli import main
 
@@ -340,6 +346,33 @@ def test_fit_and_adapt_keep_the_good_rows(palate_command: Run, tmp_path: Path) -
     assert code == 0, err
     assert "1 of 73 rows are bad and were left out" in err
     assert "12 profiles from 72 choices" in err
+
+
+def test_adapt_replaces_profiles_and_nothing_else(palate_command: Run, tmp_path: Path) -> None:
+    rows, model, profiles = tmp_path / "rows.jsonl", tmp_path / "model", tmp_path / "profiles"
+    palate_command("data", "synthetic", rows, "--users", 8, "--choices", 6)
+    palate_command("fit", rows, "--method", "bt", "--out", model)
+    before = rows.read_bytes()
+    code, _, err = palate_command("adapt", model, rows, "--out", rows)
+    assert (code, rows.read_bytes()) == (2, before)
+    assert "exists and holds no profiles" in err
+    assert palate_command("adapt", model, rows, "--out", profiles)[0] == 0
+    assert palate_command("adapt", model, rows, "--out", profiles)[0] == 0
+
+
+def test_options_that_would_do_nothing_are_refused(palate_command: Run, tmp_path: Path) -> None:
+    rows, model = tmp_path / "rows.jsonl", tmp_path / "model"
+    palate_command("data", "synthetic", rows, "--users", 8, "--choices", 6)
+    code, _, err = palate_command("fit", rows, "--method", "bt", "--epochs", 3, "--out", model)
+    assert (code, err.count("\n"), model.exists()) == (2, 1, False)
+    assert "give one of these, or leave them out" in err
+
+
+@pytest.mark.parametrize("command", ["fit", "train"])
+def test_rows_are_read_before_an_encoder_is_loaded(command: str, palate_command: Run, tmp_path: Path) -> None:
+    code, _, err = palate_command(command, tmp_path / "none.jsonl", "--encoder", "minilmm", "--out", tmp_path / "model")
+    assert code == 2
+    assert "none.jsonl does not exist" in err
 
 
 def test_compare_of_votes_needs_no_options(palate_command: Run, tmp_path: Path) -> None:

@@ -127,6 +127,9 @@ def test_a_state_that_cannot_be_restored() -> None:
         restore_encoder({"encoder": "word2vec"})
     with pytest.raises(ModelFileError, match="cannot be read"):
         restore_encoder({"encoder": "joined", "parts": 3})
+    gone = {"encoder": "huggingface", "where": {"id": "./moved", "revision": None}, "dtype": "float32"}
+    with pytest.raises(ModelFileError, match=r"cannot be made again here: there is no folder '\./moved'"):
+        restore_encoder(gone | dict.fromkeys(("pooling", "layer", "format", "max_tokens")))
     with pytest.raises(ModelFileError, match="1 repeated items"):
         restore_encoder({"encoder": "items", "version": 1, "catalogue": ["a", "a"]})
     with pytest.raises(MismatchError, match="saved encoder 'style' differs"):
@@ -302,6 +305,17 @@ def test_load_encoder_lists_what_exists(spec: str) -> None:
         DataError, match=r"there is no encoder .* expected items, minilm, style, 'hf:\.\.\.' .* or several joined"
     ):
         load_encoder(spec)
+
+
+@pytest.mark.parametrize("spec", ["hf:x?device=banana", "labels:x?device=cuda:99", "style+st:x?device=meta"])
+def test_a_device_that_cannot_be_used_is_refused_before_a_model_is_looked_for(spec: str) -> None:
+    with pytest.raises(DataError, match=r"the device '\w+(:99)?' of '(hf|labels|st):x\?device=.*' cannot be used \("):
+        load_encoder(spec)
+
+
+def test_a_folder_that_is_not_there_is_no_unknown_name() -> None:
+    with pytest.raises(DataError, match=r"there is no folder '\./nowhere' \(in 'style\+\./nowhere'\)"):
+        load_encoder("style+./nowhere")
 
 
 def test_load_encoder_refuses_repeats_and_objects() -> None:

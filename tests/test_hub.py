@@ -669,6 +669,19 @@ def test_card_and_push_and_rank_by_id(
     assert hub.repos[ID].main["README.md"] == (folder / "README.md").read_bytes()
 
 
+def test_a_card_of_the_model_that_was_there_before_does_not_go(
+    hub: Hub, tmp_path: Path, palate_command: Callable[..., Any]
+) -> None:
+    tiny().save_pretrained(tmp_path / "model")
+    assert palate_command("card", tmp_path / "model").code == 0
+    tiny(2.0).save_pretrained(tmp_path / "model")
+    done = palate_command("push", tmp_path / "model", ID)
+    assert (done.code, ID in hub.repos) == (2, False)
+    assert "palate card --overwrite" in done.err
+    assert palate_command("card", tmp_path / "model", "--overwrite").code == 0
+    assert palate_command("push", tmp_path / "model", ID).code == 0
+
+
 def test_mistakes_at_the_command_line_are_one_line(hub: Hub, tmp_path: Path, palate_command: Callable[..., Any]) -> None:
     tiny().save_pretrained(tmp_path / "model")
     for command, said in (

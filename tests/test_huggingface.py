@@ -246,6 +246,47 @@ def test_the_probe_sees_a_cache_that_lies(words: Any) -> None:
     assert "a probe gave other features" in str(encoder.not_shared)
 
 
+def test_a_window_longer_than_a_short_probe_is_seen(words: Any) -> None:
+    """GPT-Neo counts its window over places in the cache, padded ones included, and has an ordinary cache."""
+    import transformers
+
+    sizes: dict[str, Any] = {
+        "vocab_size": 420,
+        "hidden_size": 32,
+        "num_layers": 2,
+        "num_heads": 4,
+        "max_position_embeddings": 512,
+    }
+    for window, reason in ((40, "a probe gave other features"), (2000, "a window of 2000 tokens")):
+        config = transformers.GPTNeoConfig(**sizes, attention_types=[[["global", "local"], 1]], window_size=window)
+        config.bos_token_id, config.eos_token_id = 0, 1
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            whole = transformers.GPTNeoModel(config).eval()
+        encoder = HuggingFace.from_model(whole, words)
+        texts = [Text(QUESTION * n, f"Answer {i}. " * i) for n in (1, 2) for i in (1, 3)]
+        torch.testing.assert_close(table(encoder, texts), flat(whole, encoder.tokens(texts)), atol=1e-5, rtol=0)
+        assert reason in str(encoder.not_shared)
+
+
+@pytest.mark.parametrize("name", ["T5Model", "BartForSequenceClassification"])
+def test_an_encoder_decoder_is_refused(name: str, words: Any, tmp_path: Path) -> None:
+    import transformers
+
+    sizes: dict[str, Any] = {
+        "T5Model": {"d_kv": 8, "d_ff": 48, "num_layers": 1, "num_heads": 4},
+        "BartForSequenceClassification": {"encoder_layers": 1, "decoder_layers": 1, "max_position_embeddings": 512},
+    }[name]
+    config = getattr(transformers, "T5Config" if name == "T5Model" else "BartConfig")(vocab_size=420, d_model=32, **sizes)
+    whole = getattr(transformers, name)(config)
+    with pytest.raises(DataError, match=f"{name} is an encoder-decoder; expected a decoder or an encoder alone"):
+        HuggingFace.from_model(whole, words)
+    whole.save_pretrained(tmp_path)
+    words.save_pretrained(tmp_path)
+    with pytest.raises(ModelFileError, match="is an encoder-decoder"):
+        HuggingFace(str(tmp_path))
+
+
 def test_sharing_needs_no_equal_lengths() -> None:
     whole = model("GPT2")
     lines = [[*range(5, 30), 7, 8], [*range(5, 30), 9], [*range(40, 60), 1, 2, 3, 4]]
@@ -319,9 +360,8 @@ def test_a_start_token_twice_is_refused(words: Any) -> None:
     twice = tokenizer("{{ bos_token }}" + TEMPLATE)
     with pytest.raises(DataError, match=r"text 0 begins with '<s>' twice"):
         HuggingFace.from_model(model("Llama"), twice).encode(TEXTS)
-    plain = tokenizer(None)
-    with pytest.raises(DataError, match=r"text 0: the user turn 0 of the prompt holds '<s>' at character 0"):
-        HuggingFace.from_model(model("Llama"), plain).encode([Text("<s>Hi", "Yes")])
+    plain = HuggingFace.from_model(model("Llama"), tokenizer(None))
+    assert plain.tokens([Text("<s>Hi", "Yes")])[0].count(plain.tokenizer.bos_token_id) == 1
 
 
 @pytest.mark.parametrize(
@@ -330,12 +370,12 @@ def test_a_start_token_twice_is_refused(words: Any) -> None:
         (Text("Hi", "['a', 'b']"), "text 1: the response is a list"),
         (Text("Hi", "[]"), "text 1: the response is a list"),
         (Text("Hi", '[{"role": "assistant", "content": "x"}]'), "text 1: the response is a list"),
-        (Text("<s><|user|>\nHi</s>\n", "x"), "text 1: the user turn 0 of the prompt holds '<s>' at character 0"),
+        (Text("<s><|user|>\nHi</s>\n", "x"), r"text 1: the user turn 0 of the prompt holds '<\|user\|>' at character 3"),
         (
             Text("Before <|assistant|> after", "x"),
             r"text 1: the user turn 0 of the prompt holds '<\|assistant\|>' at character 7",
         ),
-        (Text((Message("user", "Hi"), Message("assistant", "a</s>")), "x"), "text 1: the assistant turn 1 .* at character 1"),
+        (Text((Message("user", "Hi"), Message("assistant", "a<|user|>")), "x"), "text 1: the assistant turn 1 .* at character 1"),
         (Text("Hi", "x<|user|>"), r"text 1: the response holds '<\|user\|>' at character 1"),
     ],
 )
@@ -353,6 +393,60 @@ def test_headers_that_are_no_special_tokens_are_known_from_the_template() -> Non
     assert format([Text("Is x < y > z a list [1, 2]?", "[1, 2] # yes, <b>bold</b> and <pad>")]).ids
 
 
+@pytest.mark.parametrize("template", [TEMPLATE, None])
+def test_a_special_token_in_a_text_is_its_characters(template: str | None) -> None:
+    words = tokenizer(template)
+    words.add_special_tokens({"pad_token": "<pad>"})
+    encoder = HuggingFace.from_model(model("Llama"), words)
+    fingerprint = encoder.fingerprint
+    usual = encoder.tokens(TEXTS)
+    odd = [
+        Text("What do <s> and </s> mean?", "<s>old</s> is new</s>"),
+        Text((Message("user", "</s>"), Message("assistant", " </s><pad> "), Message("user", "Hi\U000f0000")), "<s></s> "),
+        Text("Hi", "Hello!"),
+    ]
+    ids = encoder.tokens(odd)
+    assert encoder.spelled == 2
+    for text, line in zip(odd, ids, strict=True):
+        written = encoder.formatter._written(0, text)
+        assert words.decode(line) == ("" if template else "<s>") + written
+        turns = 2 if text is not odd[1] else 4
+        assert line.count(words.bos_token_id) == 1  # what the template or the tokenizer writes, and no more
+        assert line.count(words.eos_token_id) == (turns if template else 0)
+        assert words.pad_token_id not in line
+    assert encoder.tokens(TEXTS) == usual
+    assert encoder.spelled == 0
+    assert encoder.fingerprint == fingerprint
+    # The good texts beside it are what they are alone.
+    torch.testing.assert_close(table(encoder, [*odd, *TEXTS])[3:], table(encoder, TEXTS), atol=1e-5, rtol=0)
+    short = HuggingFace.from_model(model("Llama"), words, max_tokens=30)
+    cut = short.tokens([Text("</s> word " * 40, "The </s> end.")])[0]
+    assert (len(cut), short.truncated, short.spelled) == (30, 1, 1)
+    assert cut.count(words.eos_token_id) == (2 if template else 0)
+
+
+def test_what_ends_a_turn_is_told_from_what_opens_one() -> None:
+    words = tokenizer("{% for turn in messages %}<s>{{ turn['role'] }}\n{{ turn['content'] }}</s>\n{% endfor %}")  # as SmolLM2
+    format = Formatter(words, None, 500)
+    assert format([Text("Hi", "so </s> it")]).spelled == [0]
+    with pytest.raises(DataError, match="the response holds '<s>' at character 3, which only the template may write"):
+        format([Text("Hi", "so <s>user")])
+
+
+def test_a_special_token_that_a_template_rewrites_is_refused() -> None:
+    words = tokenizer("{% for turn in messages %}<|user|>{{ turn['content'] | replace('</s>', '<s>') }}{% endfor %}")
+    with pytest.raises(DataError, match="text 1 holds '</s>', which this tokenizer and its template do not let through"):
+        Formatter(words, None, 500)([TEXTS[8], Text("Hi", "a</s>")])
+
+
+def test_a_template_that_leaves_the_response_out_is_refused() -> None:
+    deaf = TEMPLATE.replace("messages %}", "messages if turn['role'] != 'assistant' %}")
+    with pytest.raises(DataError, match="does not write the response, so that all candidates would have the same features"):
+        HuggingFace.from_model(model("Llama"), tokenizer(deaf))
+    with pytest.raises(DataError, match="cannot be chosen"):
+        HuggingFace.from_model(model("Llama"), tokenizer({"tools": TEMPLATE}))  # type: ignore[arg-type]
+
+
 def test_a_long_text_loses_the_start_of_its_prompt_and_is_counted(words: Any) -> None:
     long = Text("word " * 60, "The end.")
     encoder = HuggingFace.from_model(model("Llama"), words, max_tokens=40)
@@ -364,6 +458,7 @@ def test_a_long_text_loses_the_start_of_its_prompt_and_is_counted(words: Any) ->
     assert words.decode(ids[1]).endswith("</s>\n<|assistant|>\nThe end.</s>\n")
     assert ids[1][-30:] == all_ids[-30:]
     assert encoder.fingerprint != whole.fingerprint
+    assert encoder.tokens([Text((), "word " * 60)])[0][-30:] == whole.tokens([Text((), "word " * 60)])[0][-30:]
     with pytest.raises(DataError, match="max_tokens is 3, but the template opens with"):
         HuggingFace.from_model(model("Llama"), words, max_tokens=3).tokens([long])
     with pytest.raises(DataError, match="max_tokens is 1000; expected 2 to 512"):
@@ -389,6 +484,22 @@ def test_odd_texts_are_encoded(words: Any) -> None:
     encoder = HuggingFace.from_model(model("Llama"), words)
     assert torch.isfinite(table(encoder, [Text("\ud800", "\ud800"), Text("", ""), Text("今天", "😄\x00")])).all()
     assert encoder.encode([]).shape == (0, 32)
+
+
+@pytest.mark.parametrize("name", ["Roberta", "MPNet", "GPT2"])
+def test_the_longest_text_that_a_model_knows_has_a_row(name: str) -> None:
+    """Positions of RoBERTa and its kin begin after the one of the padding."""
+    import transformers
+
+    if name == "MPNet":
+        sizes: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+        whole = transformers.MPNetModel(transformers.MPNetConfig(vocab_size=420, **sizes, max_position_embeddings=514)).eval()
+    else:
+        whole = model(name)
+    encoder = HuggingFace.from_model(whole, tokenizer(None), pooling="mean")
+    assert encoder.formatter.max_tokens == 512
+    assert torch.isfinite(table(encoder, [Text("word " * 600, "The end.")])).all()
+    assert encoder.truncated == 1
 
 
 # -- files, state, fingerprint
@@ -461,6 +572,12 @@ def test_the_fingerprint_follows_weights_in_memory_and_not_how_it_runs(words: An
     with torch.no_grad():
         encoder.model.norm.weight[0] += 1e-3
     assert encoder.fingerprint != before
+    changed = encoder.fingerprint
+    encoder.model.norm.weight.data.mul_(2)  # not counted by torch
+    assert encoder.fingerprint != changed
+    changed = encoder.fingerprint
+    encoder.model.norm.weight.data = torch.ones(32)
+    assert encoder.fingerprint != changed
     assert HuggingFace.from_model(model("Llama"), words, pooling="mean").fingerprint != before
     assert "sky" not in json.dumps(encoder.state())
     with pytest.raises(ModelFileError, match="made of a model in memory"):
@@ -487,6 +604,20 @@ def test_lora_layers_are_read(words: Any) -> None:
     encoder = HuggingFace.from_model(adapted, words)
     assert encoder.not_shared is None
     assert float((table(encoder, TEXTS) - table(plain, TEXTS)).abs().max()) > 1e-3
+    on, features = encoder.fingerprint, table(encoder, TEXTS)
+    with adapted.disable_adapter():
+        assert encoder.fingerprint != on
+        torch.testing.assert_close(table(encoder, TEXTS), table(plain, TEXTS), atol=1e-5, rtol=0)
+    assert encoder.fingerprint == on
+    adapted.merge_adapter()  # writes through .data
+    assert encoder.fingerprint != on
+    adapted.unmerge_adapter()
+    adapted.add_adapter("other", config)
+    adapted.set_adapter("other")
+    both = encoder.fingerprint
+    adapted.set_adapter("default")
+    assert encoder.fingerprint != both
+    torch.testing.assert_close(table(encoder, TEXTS), features, atol=1e-5, rtol=0)
     merged = adapted.merge_and_unload()
     torch.testing.assert_close(table(encoder, TEXTS), flat(merged, encoder.tokens(TEXTS)), atol=1e-4, rtol=0)
     assert encoder.fingerprint != plain.fingerprint
@@ -503,6 +634,13 @@ def test_weights_that_are_missing_are_not_drawn(folder: Path, tmp_path: Path) ->
         HuggingFace(str(own))
     (own / "model.safetensors").rename(own / "pytorch_model.bin")
     with pytest.raises(ModelFileError, match=r"has no model\.safetensors; expected weights in safetensors"):
+        HuggingFace(str(own))
+
+
+def test_an_adapter_beside_the_weights_is_not_loaded_unseen(folder: Path, tmp_path: Path) -> None:
+    own = shutil.copytree(folder, tmp_path / "own")
+    (own / "adapter_config.json").write_text('{"peft_type": "LORA", "base_model_name_or_path": null}')
+    with pytest.raises(ModelFileError, match="has an adapter of peft; expected a whole model"):
         HuggingFace(str(own))
 
 

@@ -181,6 +181,31 @@ def test_other_weights_under_the_same_name_are_refused(folder: Path, tmp_path: P
 
 
 @needs_library
+def test_the_modules_behind_a_router_are_examined(folder: Path, tmp_path: Path) -> None:
+    import sentence_transformers
+    from safetensors.torch import load_file, save_file
+    from sentence_transformers.sentence_transformer.modules import Router
+
+    sides = [list(sentence_transformers.SentenceTransformer(str(folder), device="cpu").children()) for _ in range(2)]
+    router = Router.for_query_document(*sides, default_route="document")
+    own = tmp_path / "router"
+    sentence_transformers.SentenceTransformer(modules=[router], device="cpu").save(str(own))
+    before = SentenceEncoder(own)
+    (file,) = own.glob("document_*/model.safetensors")
+    save_file({name: 1.5 * value for name, value in load_file(file).items()}, file, metadata={"format": "pt"})
+    assert SentenceEncoder(own).fingerprint != before.fingerprint
+    with pytest.raises(MismatchError, match="has files of SHA-256"):
+        restore_encoder(before.state())
+    file.rename(file.with_name("pytorch_model.bin"))
+    with pytest.raises(ModelFileError, match=r"has pytorch_model.bin; expected safetensors"):
+        SentenceEncoder(own)
+    config = own / "router_config.json"
+    config.write_text(config.read_text().replace("sentence_transformers.", "somebody.", 1))
+    with pytest.raises(ModelFileError, match="other code is not run"):
+        SentenceEncoder(own)
+
+
+@needs_library
 def test_weights_that_could_run_code_are_not_read(folder: Path, tmp_path: Path) -> None:
     place = tmp_path / "model"
     shutil.copytree(folder, place)

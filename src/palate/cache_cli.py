@@ -127,6 +127,7 @@ def verify(
     Exit code 0: everything is as it was written. 1: something is not; it is named, and with --repair forgotten.
     """
     from palate.encoders import upkeep
+    from palate.encoders.shelf import repairing
 
     damaged = False
     for entry in _entries(cache):
@@ -146,7 +147,7 @@ def verify(
             terminal.note(f"{n} texts of {entry.spec} are forgotten and will be encoded again")
     if damaged:
         if not repair:
-            terminal.note("To forget damaged batches, so that they are encoded again: palate cache verify --repair")
+            terminal.note(f"To forget damaged batches, so that they are encoded again: {repairing(_folder(cache))}")
         raise typer.Exit(1)
 
 

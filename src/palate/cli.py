@@ -136,10 +136,10 @@ def fit(
     cache: cache_cli.CacheFolder = None,
     no_cache: cache_cli.NoCache = False,
     lora: tuning_cli.Lora = False,
-    lora_rank: tuning_cli.Rank = 16,
+    lora_rank: tuning_cli.Rank = tuning_cli.USUAL.rank,
     hidden: tuning_cli.Hidden = "",
-    epochs: tuning_cli.Epochs = 10,
-    rate: tuning_cli.Rate = 2e-4,
+    epochs: tuning_cli.Epochs = tuning_cli.USUAL.epochs,
+    rate: tuning_cli.Rate = tuning_cli.USUAL.rate,
     checkpointing: tuning_cli.Checkpointing = False,
     bf16: tuning_cli.Bf16 = False,
 ) -> None:
@@ -147,9 +147,10 @@ def fit(
     from palate.models.reference import bound
 
     tuning = tuning_cli.asked(lora, lora_rank, hidden, epochs, rate, checkpointing, bf16)
-    model, features = terminal.method(method), cache_cli.encoder(encoder, cache, no_cache)
-    model = bound(model, features)
+    model = terminal.method(method)
     pairs, _ = terminal.read_choices(rows)
+    features = cache_cli.encoder(encoder, cache, no_cache)
+    model = bound(model, features)
     model = tuning_cli.fitted(features, pairs, model, tuning, method=method, out=out, seed=seed)
     terminal.note(f"{method}, fitted on {pairs!r}; {terminal.what_was_found(model)}")
     terminal.say(str(out))
@@ -174,9 +175,10 @@ def adapt(
     from palate.adaptation import adapt as adapt_users
     from palate.models.base import load_model
 
-    fitted, features = load_model(model), cache_cli.kept(terminal.saved_encoder(model), cache, no_cache)
+    terminal.free_for_profiles(out)
+    fitted = load_model(model)
     pairs, _ = terminal.read_choices(rows)
-    data = cache_cli.embed(features, pairs)
+    data = cache_cli.embed(cache_cli.kept(terminal.saved_encoder(model), cache, no_cache), pairs)
     with terminal.progress(f"Adapting {len(pairs.user_ids)} users"):
         profiles = adapt_users(fitted, data)
     profiles.save(out)

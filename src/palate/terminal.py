@@ -216,8 +216,8 @@ def _os_message(error: OSError) -> str:
 
 
 def fail(message: str) -> NoReturn:
-    """Say it on standard error and leave with exit code 2."""
-    note(f"palate: {message}")
+    """Say it on standard error, as one line whoever wrote it, and leave with exit code 2."""
+    note(f"palate: {' '.join(message.split())}")
     raise SystemExit(2)
 
 
@@ -256,6 +256,18 @@ def read_candidates(path: Path) -> list[str]:
     if not out:
         raise DataError(f"{named} has no candidates; expected one JSON string a line")
     return out
+
+
+def free_for_profiles(out: Path) -> None:
+    """Refuse to write profiles in place of anything else, such as the rows they come from."""
+    from palate.adaptation import Profiles
+    from palate.errors import ModelFileError
+
+    try:
+        if out.is_file():
+            Profiles.load(out)
+    except ModelFileError as error:
+        raise DataError(f"--out {out} exists and holds no profiles; expected a new name, or a file of `palate adapt`") from error
 
 
 def save_encoder(encoder: "Encoder", folder: Path) -> None:

@@ -47,8 +47,9 @@ def train(
     from palate.runs import MODEL
     from palate.runs import train as run
 
-    model, features = _model(method, epochs, rate), cache_cli.encoder(encoder, cache, no_cache)
+    model = _model(method, epochs, rate)
     pairs, _ = terminal.read_choices(rows)
+    features = cache_cli.encoder(encoder, cache, no_cache)
     data = cache_cli.embed(features, pairs)
     held_out = None
     if hold_out:

@@ -47,12 +47,21 @@ class Tuning(NamedTuple):
     bf16: bool
 
 
+USUAL = Tuning(lora=False, rank=16, hidden="", epochs=10, rate=2e-4, checkpointing=False, bf16=False)
+
+
 def asked(lora: bool, rank: int, hidden: str, epochs: int, rate: float, checkpointing: bool, bf16: bool) -> Tuning:
     """The options as one. Of several processes each takes its own device now, before an encoder is loaded onto one."""
     from palate.devices import Team
 
     Team()
-    return Tuning(lora, rank, hidden, epochs, rate, checkpointing, bf16)
+    wanted = Tuning(lora, rank, hidden, epochs, rate, checkpointing, bf16)
+    if not (lora or hidden) and wanted != USUAL:
+        options = "--lora-rank, --epochs, --rate, --checkpointing and --bf16"
+        raise DataError(
+            f"{options} are of --lora and --hidden, which train the features too; give one of these, or leave them out"
+        )
+    return wanted
 
 
 def fitted(

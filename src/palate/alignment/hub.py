@@ -12,7 +12,7 @@ from palate.encoders.saved import ENCODER_FILE, save_encoder, saved_encoder, sav
 from palate.errors import DataError, MismatchError, PalateError
 from palate.models import files, hub
 from palate.models.base import RewardModel, load_model
-from palate.report.card import is_local, model_card, sources
+from palate.report.card import described, is_local, model_card, sources
 from palate.scoring import Scorer
 from palate.version import __version__
 
@@ -53,7 +53,7 @@ def push_to_hub(
     Raises:
         DataError: an id that no model can have, an encoder whose weights are in a folder of this machine, a card that the Hub
             does not take, or a repository that everybody sees where `private` was asked for.
-        MismatchError: the model was fitted with another encoder.
+        MismatchError: the model was fitted with another encoder, or the card is about another model.
         ModelFileError: a folder without a model, or a repository that belongs to something else.
         PalateError: the Hub cannot be reached, or does not let you write.
     """
@@ -68,6 +68,12 @@ def push_to_hub(
             state = saved_state(folder) if (folder / ENCODER_FILE).exists() else None
             text = model_card(load_model(folder), encoder=state, repo_id=repo_id)
             (folder / CARD).write_text(text, encoding="utf-8")
+        about, own = described((folder / CARD).read_text(encoding="utf-8")), load_model(folder).fingerprint()
+        if about not in (None, own):
+            raise MismatchError(
+                f"the card is about the model {str(about)[:12]}, and this one is {own[:12]}, fitted since; write the card anew: "
+                "palate card --overwrite"
+            )
         with hub.errors(repo_id, revision, PalateError), hub.quiet():
             return _pushed(api, folder, repo_id, private, revision)
 

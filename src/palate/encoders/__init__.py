@@ -76,9 +76,11 @@ def restore_encoder(state: State) -> Encoder:
     """
     try:
         encoder = _restored(state)
-    except (AttributeError, KeyError, TypeError, DataError) as error:
-        if isinstance(error, MismatchError | ModelFileError):
-            raise
+    except (MismatchError, ModelFileError):
+        raise
+    except DataError as error:
+        raise ModelFileError(f"the saved encoder cannot be made again here: {error}") from error
+    except (AttributeError, KeyError, TypeError) as error:
         raise ModelFileError(f"the saved encoder cannot be read ({error!r}); expected what Encoder.state() returns") from error
     if digest(encoder.state()) != digest(state):
         raise MismatchError(
@@ -109,6 +111,8 @@ def _resolved(part: Part, spec: str) -> Part:
             f"{part.kind!r} is no folder here and was not fetched from the hub before; expected 'hf:{part.kind}' for a model of "
             f"transformers, or 'st:{part.kind}' for one of sentence-transformers"
         )
+    if part.kind.startswith((".", "/", "~")):
+        raise DataError(f"there is no folder {part.kind!r} (in {spec!r}); expected one with a saved model")
     kinds = ", ".join(f"'{kind}:...' ({what})" for kind, what in KINDS.items())
     raise DataError(
         f"there is no encoder {part.kind!r} (in {spec!r}); expected {', '.join(NAMES)}, {kinds}, a folder with a model, or "
@@ -118,6 +122,8 @@ def _resolved(part: Part, spec: str) -> Part:
 
 def _made(part: Part) -> Encoder:
     options = dict(part.options)
+    if part.kind in ("hf", "labels", "st") and "device" in options:
+        _tried(options["device"], part)
     if part.kind == "items":
         return Items(**chosen(options, (), (), "items"))
     if part.kind == "style":
@@ -135,6 +141,19 @@ def _made(part: Part) -> Encoder:
         return encoder
     made: Encoder = _class(_BY_SPEC[part.kind]).from_spec(part.source, options)
     return made
+
+
+def _tried(device: str, part: Part) -> None:
+    """Refuse a device that nothing can be put on, before gigabytes of weights are read."""
+    import torch
+
+    try:
+        torch.zeros(1, device=device).item()
+    except (AssertionError, NotImplementedError, RuntimeError) as error:  # built without it, no such device, no such name
+        reason = str(error).partition("\n")[0]
+        raise DataError(
+            f"the device {device!r} of '{part}' cannot be used ({reason}); expected one of this machine, such as 'cpu'"
+        ) from error
 
 
 def _restored(state: State) -> Encoder:

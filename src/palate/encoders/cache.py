@@ -18,7 +18,7 @@ from palate.data.embeddings import BLOCK_BYTES, Dense
 from palate.data.pairs import Text
 from palate.encoders.base import BatchedEncoder, Encoder
 from palate.encoders.joined import JoinedEncoder
-from palate.encoders.shelf import Shelf, key_of, said_clearly
+from palate.encoders.shelf import Shelf, key_of, repairing, said_clearly
 from palate.errors import DataError, ModelFileError
 
 AnyEncoder = TypeVar("AnyEncoder", bound=Encoder)
@@ -165,5 +165,7 @@ def _rows(shelf: Shelf, keys: list[bytes]) -> Stored:
     row = np.asarray([found[key][1] for key in keys], dtype=np.int64)
     beyond = [name for name, part in zip(names, maps, strict=True) if (row[segment == number[name]] >= len(part)).any()]
     if beyond:
-        raise ModelFileError(f"{shelf.folder} names rows that {beyond} do not have; to drop them: palate cache verify --repair")
+        raise ModelFileError(
+            f"{shelf.folder} names rows that {beyond} do not have; to drop them: {repairing(shelf.folder.parent)}"
+        )
     return Stored(maps, segment, row, shelf.width)

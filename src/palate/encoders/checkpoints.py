@@ -61,6 +61,8 @@ def load(id: str, revision: str | None, dtype: str) -> Loaded:
     except ImportError as error:
         raise MissingExtraError(f"a model of the hub or of a folder needs the package transformers; run: {INSTALL}") from error
     folder, commit = folder_of(id, revision)
+    if (folder / "adapter_config.json").exists():  # transformers would load it too, on whatever model it names
+        raise ModelFileError(f"{id} has an adapter of peft; expected a whole model: merge_and_unload() it, and save the result")
     weights = weight_files(folder)
     hashes = digest({file.name: _file_hash(file) for file in weights})
     with (

@@ -6,6 +6,7 @@ together, and candidates for one prompt compute that prompt once. Neither change
 """
 
 import copy
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
@@ -17,16 +18,17 @@ from torch import Tensor
 
 from palate.data.pairs import Text
 from palate.encoders import checkpoints
-from palate.encoders.base import Batch, BatchedEncoder, State
+from palate.encoders.base import Batch, BatchedEncoder, State, digest
 from palate.encoders.formatting import Format, Formatter
 from palate.encoders.plans import Group, by_length, by_prefix
 from palate.encoders.prefixes import Pooling, Reading, Shared, inspected, obstacle, padded, rows_of, rows_sharing, trunk
 from palate.encoders.specs import Part
 from palate.errors import DataError, MismatchError, ModelFileError
 
-VERSION = 1  # raise it with any change of a feature: it is part of the fingerprint
+VERSION = 2  # raise it with any change of a feature: it is part of the fingerprint
 TOKENS_PER_BATCH = 4096  # enough for the matrix products of a processor; a large card wants more
 MAX_TOKENS = 4096  # unless the model or its tokenizer allows less
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes of a number
 
 Devices = str | Sequence[str] | None
 
@@ -52,6 +54,7 @@ class HuggingFace(BatchedEncoder):
         formatter: turns texts into token ids.
         truncated: texts of the last `encode` that lost the start of their prompt.
         truncated_responses: those among them that lost the start of their response as well.
+        spelled: texts of the last `encode` that hold a special token such as "</s>", which is read as its characters.
         not_shared: why prompts are not computed once for all candidates; None where they are. Known after the first `plan`.
         reading: how rows are read. Padding stands on the tokenizer's side where the model allows; it changes nothing.
 
@@ -76,13 +79,16 @@ class HuggingFace(BatchedEncoder):
         tokens_per_batch: int = TOKENS_PER_BATCH,
     ):
         found = checkpoints.load(id, revision, dtype)
-        self._files: tuple[Any, str] | None = (_versions(found.model), found.weights)
         self._vocabulary = found.vocabulary
         self.id: str | None = id
         self.revision = found.revision
         if device is None:
             device = "cuda" if torch.cuda.is_available() else "cpu"
         self._prepare(found.model, found.tokenizer, pooling, layer, template, max_tokens, device, share_prefix, tokens_per_batch)
+        self._files: tuple[Any, str] | None = (
+            _versions(found.model),
+            found.weights,
+        )  # on its device: buffers are moved by a copy
         said = {"revision": revision, "pooling": pooling, "layer": layer, "template": template, "max_tokens": max_tokens}
         usual = {"pooling": "last", "dtype": "float32"}
         kept = [(key, str(value)) for key, value in (said | {"dtype": dtype}).items() if value not in (None, usual.get(key))]
@@ -162,11 +168,13 @@ class HuggingFace(BatchedEncoder):
     ) -> None:
         if pooling not in ("last", "mean"):
             raise DataError(f"pooling is {pooling!r}; expected 'last' or 'mean'")
+        if "decoder_input_ids" in inspect.signature(trunk(model).forward).parameters:
+            raise DataError(f"{type(model).__name__} is an encoder-decoder; expected a decoder or an encoder alone")
         config = trunk(model).config
         n_layers = getattr(config, "num_hidden_layers", None)
         if layer is not None and not (n_layers is None or 0 <= layer <= n_layers):
             raise DataError(f"layer is {layer}; expected None or 0 (the embeddings) to {n_layers} (the last one)")
-        most = _longest(config, tokenizer)
+        most = _longest(trunk(model), tokenizer)
         max_tokens = min(most, MAX_TOKENS) if max_tokens is None else max_tokens
         if not 2 <= max_tokens <= most:
             raise DataError(f"max_tokens is {max_tokens}; expected 2 to {most}, the longest text that the model knows")
@@ -182,7 +190,7 @@ class HuggingFace(BatchedEncoder):
         self.spec = "hf"
         self.formatter = Formatter(tokenizer, template, max_tokens)
         self.tokens_per_batch = tokens_per_batch
-        self.truncated = self.truncated_responses = 0
+        self.truncated = self.truncated_responses = self.spelled = 0
         self.not_shared: str | None = None if share_prefix else "switched off"
         self._probed = not share_prefix
         self._n_tokens = model.get_input_embeddings().num_embeddings
@@ -205,7 +213,7 @@ class HuggingFace(BatchedEncoder):
     def tokens(self, texts: Sequence[Text]) -> list[list[int]]:
         """Token ids of every text, as the model reads them; `truncated` counts those that were too long."""
         found = self.formatter(texts)
-        self.truncated, self.truncated_responses = len(found.cut), len(found.cut_responses)
+        self.truncated, self.truncated_responses, self.spelled = len(found.cut), len(found.cut_responses), len(found.spelled)
         return found.ids
 
     def inputs(self, texts: Sequence[Text]) -> dict[str, Tensor]:
@@ -283,7 +291,9 @@ class HuggingFace(BatchedEncoder):
     def _weights(self) -> str:
         versions = _versions(self.model)
         if self._files is None or self._files[0] != versions:
-            self._files = versions, checkpoints.state_hash(trunk(self.model).state_dict())
+            weights, adapters = checkpoints.state_hash(trunk(self.model).state_dict()), _adapters(self.model)
+            # Which adapters are on is no part of any weight.
+            self._files = versions, digest({"weights": weights, "adapters": adapters}) if adapters else weights
         return self._files[1]
 
     def _follow(self) -> None:
@@ -295,16 +305,38 @@ class HuggingFace(BatchedEncoder):
             self._copied = versions
 
 
-def _versions(model: Any) -> list[tuple[str, int, int]]:
-    """Changes with every change of a parameter in place or by another: which one it is, and how often torch has written to it."""
-    return [(name, id(tensor), tensor._version) for name, tensor in trunk(model).state_dict(keep_vars=True).items()]
+def _versions(model: Any) -> list[Any]:
+    """Changes with every change of a weight, in place or by another, and of the adapters that are on. Reads every weight once.
+
+    Torch counts what is written to a tensor, but not through its `.data`, as peft does when it merges: so bits are summed too.
+    """
+    weights = trunk(model).state_dict(keep_vars=True)
+    counts = [(name, id(tensor), 0 if tensor.is_inference() else tensor._version) for name, tensor in weights.items()]
+    return [*counts, *map(_bits, weights.values()), *_adapters(model)]
 
 
-def _longest(config: Any, tokenizer: Any) -> int:
+def _bits(tensor: Tensor) -> int:
+    """Sum of the tensor's memory as integers, of 8 bytes where it can be cut so: as fast as memory is read."""
+    flat = tensor.detach().reshape(-1)
+    size = flat.element_size()
+    whole = flat.numel() * size % 8 == 0 and flat.storage_offset() * size % 8 == 0
+    return int(flat.view(torch.int64 if whole else _BITS[size]).sum(dtype=torch.int64))
+
+
+def _adapters(model: Any) -> list[str]:
+    """What the layers of peft do with their adapters: which are on, which are merged, and how they are scaled."""
+    said = ("active_adapters", "disable_adapters", "merged_adapters", "scaling")
+    layers = [(name, layer) for name, layer in trunk(model).named_modules() if hasattr(layer, "merged_adapters")]
+    return [f"{name} {[getattr(layer, key, None) for key in said]}" for name, layer in layers]
+
+
+def _longest(model: Any, tokenizer: Any) -> int:
     """Most tokens that both the model's positions and its tokenizer allow."""
-    places = getattr(config, "max_position_embeddings", None) or tokenizer.model_max_length
-    offset = 2 if config.model_type in ("roberta", "xlm-roberta", "camembert") else 0  # their positions begin after the padding's
-    return int(min(places - offset, tokenizer.model_max_length))
+    places = getattr(model.config, "max_position_embeddings", None) or 0
+    places = places if places > 0 else tokenizer.model_max_length  # XLNet's -1 means that there is no end
+    table = getattr(getattr(model, "embeddings", None), "position_embeddings", None)
+    pads = getattr(table, "padding_idx", None)  # in the RoBERTa family positions begin after the padding's own
+    return int(min(places - (0 if pads is None else pads + 1), tokenizer.model_max_length))
 
 
 def _without_gradients(compute: Callable[[], Tensor]) -> Tensor:

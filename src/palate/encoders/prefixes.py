@@ -17,6 +17,7 @@ Pooling = Literal["last", "mean"]
 Side = Literal["right", "left"]
 Shared = tuple[Sequence[int], Sequence[Sequence[int]]]  # tokens of the start, and of what follows it in each text
 
+MOST_TRIED = 1024  # tokens of a probe: a second or two of a large model on a processor
 # How far two ways to the same features may be apart, relative to the largest feature; about the rounding of a few layers.
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
@@ -124,8 +125,17 @@ def obstacle(model: nn.Module, reading: Reading, n_tokens: int) -> str | None:
         return "its forward takes no position_ids that count from 0"
     from transformers.cache_utils import DynamicCache, DynamicLayer
 
-    line = _tokens(12, n_tokens)
-    groups: list[Shared] = [(line[:5], [line[5:7], line[6:9], line[9:10]]), (line[2:5], [line[7:10], line[1:3]])]
+    # Where a layer looks back over some tokens only, a probe that is shorter would not show it.
+    config: Any = model.config
+    windows = [value for key, value in config.to_dict().items() if "window" in key and isinstance(value, int)]
+    reach = max([0, *windows])
+    if reach > MOST_TRIED:
+        return f"its configuration names a window of {reach} tokens, more than the {MOST_TRIED} that are tried"
+    line = _tokens(12 + reach, n_tokens)
+    groups: list[Shared] = [
+        (line[: 5 + reach], [line[5:7], line[6:9], line[9:10]]),
+        (line[2:5], [line[7:10], line[1:3]]),
+    ]
     try:
         with torch.inference_mode():
             cache = model(input_ids=torch.tensor([line], device=_device(model)), use_cache=True).past_key_values

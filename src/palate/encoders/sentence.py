@@ -169,7 +169,11 @@ def examined(folder: Path) -> str:
     try:
         modules = json.loads((folder / "modules.json").read_text(encoding="utf-8"))
         listed = [(str(module["type"]), folder / module["path"]) for module in modules]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        for _, part in listed:  # grows: a router has modules of its own, in folders below its own
+            if (part / "router_config.json").exists():
+                inner = json.loads((part / "router_config.json").read_text(encoding="utf-8"))["types"]
+                listed += [(str(kind), part / name) for name, kind in inner.items()]
+    except (AttributeError, OSError, ValueError, KeyError, TypeError) as error:
         raise ModelFileError(
             f"{folder} has no modules.json that can be read ({error}); expected a folder that sentence-transformers wrote. Other "
             "models are named with 'hf:'"

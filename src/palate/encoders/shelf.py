@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator, Sequence
 from io import FileIO
 from pathlib import Path
+from shlex import quote
 from typing import Any, Self
 
 import numpy as np
@@ -77,7 +78,7 @@ class Shelf:
                 if encoder is not None and self.width != encoder.width:
                     raise ModelFileError(
                         f"{folder} holds rows of {self.width} numbers and the encoder {encoder.spec!r} gives {encoder.width}; "
-                        f"expected the same. Drop them: palate cache prune --encoder {folder.name[:12]}"
+                        f"expected the same. {_remedy(folder)}"
                     )
                 self.index = sqlite3.connect(folder / INDEX, timeout=PATIENCE, isolation_level=None)
                 self._prepare()
@@ -212,8 +213,8 @@ class Shelf:
         size = path.stat().st_size if path.exists() else 0
         if size < end:
             raise ModelFileError(
-                f"{path} has {size} bytes and its index says {end}; it was cut. To encode again what is "
-                "lost: palate cache verify --repair"
+                f"{path} has {size} bytes and its index says {end}; it was cut. To encode again what is lost: "
+                f"{repairing(self.folder.parent)}"
             )
         dtype = DTYPES[segment.rpartition(".")[2]]
         return np.memmap(path, dtype, "r", shape=(end // self.row_bytes(segment), self.width))
@@ -294,7 +295,7 @@ def read_head(folder: Path) -> dict[str, Any]:
         ModelFileError: no JSON, another format, a newer version, or the state of another encoder.
     """
     path = folder / ENCODER
-    remedy = f"To drop the folder: palate cache prune --encoder {folder.name[:12]}"
+    remedy = _remedy(folder)
     try:
         head = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(head, dict) or head.get("format") != FORMAT:
@@ -330,14 +331,22 @@ def said_clearly(folder: Path) -> Iterator[None]:
     except sqlite3.OperationalError as error:
         raise OSError(f"{_cannot(folder)} ({error}). {_WAY_OUT}") from error
     except sqlite3.DatabaseError as error:
-        raise ModelFileError(
-            f"{folder / INDEX} is damaged ({error}). To drop the folder: palate cache prune --encoder {folder.name[:12]}"
-        ) from error
+        raise ModelFileError(f"{folder / INDEX} is damaged ({error}). {_remedy(folder)}") from error
     except OSError as error:
         raise OSError(f"{_cannot(folder)} ({error.strerror or error}). {_WAY_OUT}") from error
 
 
 _WAY_OUT = "The rows stored so far are kept. Make room, or name another folder with --cache, or go on with --no-cache"
+
+
+def _remedy(folder: Path) -> str:
+    # With the cache it is about: in another one the same encoder may be whole.
+    return f"To drop the folder: palate cache prune --cache {quote(str(folder.parent))} --encoder {folder.name[:12]}"
+
+
+def repairing(cache: Path) -> str:
+    """The command that drops damaged rows of this cache."""
+    return f"palate cache verify --cache {quote(str(cache))} --repair"
 
 
 def _cannot(folder: Path) -> str:

@@ -26,6 +26,7 @@ UNKNOWN = "unknown"  # the Hub's word for a licence that nobody stated
 FEW = 100  # users; with fewer, what people differ about is a guess
 _MEMORY = "a model that was built in memory"
 _SOURCES = ("source", "id", "url")  # keys of what encoders are made from
+_DESCRIBES = "Fingerprint of the model"
 _BASES = {"minilm": "sentence-transformers/all-MiniLM-L6-v2"}
 
 
@@ -173,6 +174,12 @@ def _use(model: RewardModel, repo_id: str, state: State | None) -> str:
     return "\n".join(lines)
 
 
+def described(card: str) -> str | None:
+    """The fingerprint of the model that a card says it is about; None for a card that does not say, such as one's own."""
+    found = re.search(rf"{_DESCRIBES} *\| *`([0-9a-f]+)`", card)
+    return None if found is None else found[1]
+
+
 def _inside(model: RewardModel, state: State | None) -> str:
     rows = [
         ("Class", f"`{type(model).__name__}`"),
@@ -180,7 +187,7 @@ def _inside(model: RewardModel, state: State | None) -> str:
         ("Weights of a person", str(model.n_weights)),
         ("Shared numbers", f"{model.n_parameters:,}"),
         ("Features of a text", f"{model.n_features:,}"),
-        ("Fingerprint of the model", f"`{model.fingerprint()}`"),
+        (_DESCRIBES, f"`{model.fingerprint()}`"),
         ("Fingerprint of the encoder", f"`{model.encoder}`" if model.encoder else "not known"),
         ("Encoder", "not saved with the model" if state is None else _encoder(state)),
     ]
