@@ -18,7 +18,7 @@ from palate.data.pairs import EmbeddedPairs
 from palate.errors import DataError, MismatchError, ModelFileError, UnknownUserError
 from palate.models import files
 from palate.models.base import RewardModel
-from palate.solvers import Batch, batches
+from palate.solvers import Batch, Sides, batches
 
 
 @dataclass(frozen=True, eq=False)
@@ -138,17 +138,21 @@ def adapt(model: RewardModel, data: EmbeddedPairs, *, covariance: bool = True) -
     Cost: one pass over the distinct texts, then a few K x K systems a user; 100,000 users x 10 choices x 8 weights take seconds.
     """
     model.check(data.embeddings, data.encoder)
-    offset, slopes = pair_design(model, data)
+    first, second = pair_design(model, data) if model.linear else sides(model, data)
     grouped = data.grouped()
     users, k = len(data.user_ids), model.n_weights
     if k == 0:
         return no_pairs(model, data.user_ids, grouped.counts)
-    mean = slopes.new_empty(users, k)
-    spread = slopes.new_empty(users, k, k) if covariance else None
-    converged = torch.empty(users, dtype=torch.bool, device=slopes.device)
-    for rows in batches(grouped.counts, k):
-        batch = pad(data, offset, slopes, rows)
-        solved = model.inference.solve(batch, model.prior, tuple(data.user_ids[u] for u in rows.tolist()), covariance=covariance)
+    mean = second.new_empty(users, k)
+    spread = second.new_empty(users, k, k) if covariance else None
+    converged = torch.empty(users, dtype=torch.bool, device=second.device)
+    for rows in batches(grouped.counts, k if model.linear else k + 2 * second.shape[1]):
+        ids = tuple(data.user_ids[u] for u in rows.tolist())
+        if model.linear:
+            batch = pad(data, first, second, rows)
+            solved = model.inference.solve(batch, model.prior, ids, covariance=covariance)
+        else:
+            solved = model.solved(pad_sides(data, first, second, rows), ids, covariance=covariance)
         mean[rows], converged[rows] = solved.mean, solved.converged
         if solved.covariance is None:
             spread = None
@@ -188,6 +192,8 @@ def margin_moments(model: RewardModel, data: EmbeddedPairs, profiles: Profiles |
     The variance is 0 where the method has no covariance.
     """
     model.check(data.embeddings, data.encoder)
+    if not model.linear:
+        return _margins_of_sides(model, data, profiles)
     offset, slopes = pair_design(model, data)
     crowd = model.crowd_weights.to(slopes)
     if profiles is None:
@@ -210,6 +216,24 @@ def margin_moments(model: RewardModel, data: EmbeddedPairs, profiles: Profiles |
     return mean, variance
 
 
+def _margins_of_sides(model: RewardModel, data: EmbeddedPairs, profiles: Profiles | None) -> tuple[Tensor, Tensor]:
+    """As `margin_moments` for a model that is not linear in its weights: the margin at their mean, and no variance."""
+    chosen, rejected = sides(model, data)
+    crowd = model.crowd_weights.to(chosen)
+    weights = crowd.expand(len(data), -1)
+    if profiles is not None:
+        check_profiles(model, profiles)
+        if len(profiles):
+            row = profiles.rows(data.user_ids)[data.user_index]
+            weights = torch.where((row >= 0)[:, None], profiles.mean[row].to(crowd), crowd)
+    mean = chosen.new_empty(len(data))
+    step = max(1, 2**22 // max(1, chosen.shape[1] + weights.shape[1]))
+    for start in range(0, len(mean), step):
+        part = slice(start, start + step)
+        mean[part] = model.score(chosen[part], weights[part]) - model.score(rejected[part], weights[part])
+    return mean, torch.zeros_like(mean)
+
+
 def check_profiles(model: RewardModel, profiles: Profiles | Profile) -> None:
     """Raise `MismatchError` unless the profiles were learned with this very model."""
     own = model.fingerprint()
@@ -225,12 +249,46 @@ def pair_design(model: RewardModel, data: EmbeddedPairs) -> tuple[Tensor, Tensor
 
     Only texts that occur in a choice are projected, each once.
     """
-    table, chosen, rejected = data.embeddings, data.chosen, data.rejected
-    if 2 * len(data) < len(table):
-        used, where = torch.unique(torch.cat([chosen, rejected]), return_inverse=True)
-        table, chosen, rejected = table.take(used), where[: len(data)], where[len(data) :]
-    offset, slopes = model.design(model.features(table))
+    features, chosen, rejected, _ = _projected(model, data)
+    offset, slopes = model.design(features)
     return offset[chosen] - offset[rejected], slopes[chosen] - slopes[rejected]
+
+
+def sides(model: RewardModel, data: EmbeddedPairs) -> tuple[Tensor, Tensor]:
+    """Features (P, F) of the chosen and of the rejected text of every choice, for a model that is not linear in its weights.
+
+    Raises:
+        DataError: the model reads prompts, and the data have none (`Encoder.embed(pairs, prompts=True)`).
+    """
+    features, chosen, rejected, prompts = _projected(model, data)
+    if not model.reads_prompts:
+        return features[chosen], features[rejected]
+    if prompts is None:
+        raise DataError(
+            f"{type(model).__name__} reads prompts, and these {len(data)} choices have no rows of e(prompt); "
+            "embed them with encoder.embed(pairs, prompts=True), or give EmbeddedPairs(..., prompts=rows)"
+        )
+    asked = features[prompts]
+    return model.under(features[chosen], asked), model.under(features[rejected], asked)
+
+
+def _projected(model: RewardModel, data: EmbeddedPairs) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Features of the texts that occur, and for every choice the rows of its two texts and of its prompt."""
+    table, chosen, rejected = data.embeddings, data.chosen, data.rejected
+    prompts = data.prompts if model.reads_prompts else None
+    if 2 * len(data) < len(table):
+        wanted = [chosen, rejected] if prompts is None else [chosen, rejected, prompts]
+        used, where = torch.unique(torch.cat(wanted), return_inverse=True)
+        table, (chosen, rejected, *rest) = table.take(used), where.reshape(len(wanted), len(data))
+        prompts = rest[0] if rest else None
+    return model.features(table), chosen, rejected, prompts
+
+
+def pad_sides(data: EmbeddedPairs, chosen: Tensor, rejected: Tensor, rows: Tensor) -> Sides:
+    """The choices of the users `rows` as a padded batch of both texts; a padded place has weight 0."""
+    index, real = data.grouped().padded(rows)
+    tie = data.tie[index] if bool(data.tie.any()) else None
+    return Sides(chosen[index], rejected[index], data.weight[index].to(chosen) * real, tie)
 
 
 def pad(data: EmbeddedPairs, offset: Tensor, slopes: Tensor, rows: Tensor) -> Batch:

@@ -46,8 +46,8 @@ class Scorer:
             MismatchError: a profile that belongs to another model.
         Cost: one encoding of the responses; after it, n K multiplications.
         """
-        offset, slopes = self._design(prompt, responses)
-        return offset + slopes @ self._weights(profile, slopes)
+        features = self._features(prompt, responses)
+        return self.model.score(features, self._weights(profile, features))
 
     @torch.no_grad()
     def score_with_std(self, prompt: Prompt, responses: Sequence[str], profile: Profile | None = None) -> tuple[Tensor, Tensor]:
@@ -60,7 +60,7 @@ class Scorer:
             DataError: as `score`, and for a method that has no uncertainty (a flat prior on the simplex, for example).
             MismatchError: as `score`.
         """
-        offset, slopes = self._design(prompt, responses)
+        offset, slopes = self.model.design(self._features(prompt, responses))
         reward = offset + slopes @ self._weights(profile, slopes)
         covariance = None if profile is None else profile.covariance
         prior = self.model.prior
@@ -101,7 +101,7 @@ class Scorer:
         values = rewards.tolist()
         return [{"corpus_id": i, "score": values[i]} | ({"text": responses[i]} if return_documents else {}) for i in order]
 
-    def _design(self, prompt: Prompt, responses: Sequence[str]) -> tuple[Tensor, Tensor]:
+    def _features(self, prompt: Prompt, responses: Sequence[str]) -> Tensor:
         if isinstance(responses, str):
             raise DataError(f"responses is one text, {responses[:40]!r}; expected a list of texts")
         wrong = [i for i, response in enumerate(responses) if not isinstance(response, str)]
@@ -111,12 +111,14 @@ class Scorer:
             raise DataError("0 responses to score; expected at least one")
         if not isinstance(prompt, str | tuple):
             raise DataError(f"the prompt is a {type(prompt).__name__}; expected a text, or a tuple of palate.Message turns")
-        table = self.encoder.encode([Text(prompt, response) for response in responses])
+        asked = [Text(prompt, "")] if self.model.reads_prompts else []
+        table = self.encoder.encode([Text(prompt, response) for response in responses] + asked)
         self.model.check(table)
-        return self.model.design(self.model.features(table))
+        features = self.model.features(table)
+        return self.model.under(features[:-1], features[-1:].expand(len(responses), -1)) if asked else features
 
-    def _weights(self, profile: Profile | None, slopes: Tensor) -> Tensor:
+    def _weights(self, profile: Profile | None, features: Tensor) -> Tensor:
         if profile is None:
-            return self.model.crowd_weights.to(slopes)
+            return self.model.crowd_weights.to(features)
         check_profiles(self.model, profile)
-        return profile.mean.to(slopes)
+        return profile.mean.to(features)

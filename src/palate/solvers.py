@@ -33,6 +33,15 @@ class Batch(NamedTuple):
         return Batch(self.slopes[users], self.offset[users], self.weight[users], None if self.tie is None else self.tie[users])
 
 
+class Sides(NamedTuple):
+    """U users with up to n pairs each, for the methods that need both texts of a pair and not their difference."""
+
+    chosen: Tensor  # (U, n, F)
+    rejected: Tensor  # (U, n, F)
+    weight: Tensor  # (U, n), 0 where there is no pair
+    tie: Tensor | None  # (U, n) bool, None where there is no tie at all
+
+
 class Solution(NamedTuple):
     """Per user: the mean of the weights, their covariance (None where the method has none), log evidence, convergence."""
 

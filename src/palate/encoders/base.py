@@ -50,13 +50,14 @@ class Encoder(ABC):
         """SHA-256 in hexadecimal of `state` without its "where": equal exactly where the features of every text are equal."""
         return digest(self.state())
 
-    def embed(self, pairs: PairSet, *, unit: Sequence[Any] | NDArray[Any] | None = None) -> EmbeddedPairs:
+    def embed(self, pairs: PairSet, *, unit: Sequence[Any] | NDArray[Any] | None = None, prompts: bool = False) -> EmbeddedPairs:
         """`pairs` as arrays: every distinct text that is in use is encoded once.
 
         Args:
             pairs: at least one choice.
             unit: (P,) labels of what must not be split; by default the conversation of a choice, its prompt where it has none,
                 and the pair of texts where most users answered one prompt only: by prompt they could not be split at all.
+            prompts: also encode every prompt with an empty response, for the methods that read e(prompt) (`PAL.b`).
 
         Raises:
             DataError: no choices, or a `unit` of the wrong length.
@@ -64,7 +65,14 @@ class Encoder(ABC):
         if not len(pairs):
             raise DataError("0 choices to embed; expected at least one")
         used, rows = np.unique(np.concatenate([pairs.chosen, pairs.rejected]), return_inverse=True)
-        table = self.encode([pairs.texts[i] for i in used.tolist()])
+        texts = [pairs.texts[i] for i in used.tolist()]
+        asked: Tensor | None = None
+        if prompts:
+            alone = [Text(pairs.texts[i].prompt, "") for i in pairs.chosen.tolist()]
+            place = {text: len(texts) + i for i, text in enumerate(dict.fromkeys(alone))}
+            asked = torch.tensor([place[text] for text in alone])
+            texts += list(place)
+        table = self.encode(texts)
         if unit is None:
             kind, label = (
                 ("prompt", pairs.prompt_index) if has_several(pairs, pairs.prompt_index) else ("pair", pair_labels(pairs))
@@ -80,6 +88,7 @@ class Encoder(ABC):
             tie=pairs.tie,
             weight=pairs.weight,
             unit=unit,
+            prompts=asked,
             encoder=self.fingerprint,
         )
 

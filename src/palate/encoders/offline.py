@@ -79,10 +79,14 @@ class Items(Encoder):
         return 0 if self._column is None else len(self._column)
 
     def encode(self, texts: Sequence[Text]) -> OneHot:
-        """(N, catalogue) one-hot table in O(N) memory; the row of an item outside the catalogue is zero."""
+        """(N, catalogue) one-hot table in O(N) memory; the row of an item outside the catalogue is zero.
+
+        A prompt alone, with an empty response, is no item: it never enters the catalogue.
+        """
         keys = [_key(text) for text in texts]
         if self._column is None:
-            self._column = {key: i for i, key in enumerate(dict.fromkeys(keys))}
+            items = (key for key, text in zip(keys, texts, strict=True) if text.response)
+            self._column = {key: i for i, key in enumerate(dict.fromkeys(items))}
         return OneHot(torch.tensor([self._column.get(key, -1) for key in keys], dtype=torch.int64), len(self._column))
 
     def unseen(self, texts: Sequence[Text]) -> int:

@@ -73,7 +73,7 @@ def compare(
     numbers = tuple(range(seeds)) if isinstance(seeds, int) else tuple(seeds)
     _check(methods, numbers, shots)
     methods, refused = _bound(methods, encoder)
-    embedded, embed_by = _embedded(data, encoder, by)
+    embedded, embed_by = _embedded(data, encoder, by, any(model.reads_prompts for model in methods.values()))
     say = progress or (lambda done, total, what: None)
     given = not callable(by) and isinstance(data, PairSet) and any(label is not None for label in data.split)
     total, done = len(numbers) * len(methods), 0
@@ -131,7 +131,9 @@ def _bound(methods: Mapping[str, RewardModel], encoder: Encoder | None) -> tuple
     return out, refused
 
 
-def _embedded(data: PairSet | EmbeddedPairs, encoder: Encoder | None, by: By | MakeSplit | None) -> tuple[EmbeddedPairs, By]:
+def _embedded(
+    data: PairSet | EmbeddedPairs, encoder: Encoder | None, by: By | MakeSplit | None, prompts: bool
+) -> tuple[EmbeddedPairs, By]:
     """The arrays, and the unit that splits and leak checks go by. Rows keep their places."""
     if isinstance(data, EmbeddedPairs):
         if encoder is not None:
@@ -140,11 +142,11 @@ def _embedded(data: PairSet | EmbeddedPairs, encoder: Encoder | None, by: By | M
     if encoder is None:
         raise DataError("choices in text need an encoder, and it is None; expected palate.load_encoder('style') or another one")
     if callable(by):
-        return encoder.embed(data), "pair"
+        return encoder.embed(data, prompts=prompts), "pair"
     by = "prompt" if by is None else by
     # Fits choose their hyper-parameters on held-out units of the same kind. A pair has two items and one label, so with items the
     # unit is the pair: by prompt, a catalogue judged under one question would be a single unit and leave nothing to hold out.
-    return encoder.embed(data, unit=unit_labels(data, "pair" if by == "item" else by)), by
+    return encoder.embed(data, unit=unit_labels(data, "pair" if by == "item" else by), prompts=prompts), by
 
 
 def _split_facts(

@@ -1,7 +1,9 @@
 """The one seam of the library: what a method has to say so that `fit`, `adapt`, scoring and evaluation need nothing else.
 
 A `RewardModel` holds what users share. It turns embeddings into a few features once (`features`), and is then linear in a user's
-K weights: reward = offset(features) + slopes(features) . w. It holds no users: everybody is adapted from their own choices.
+K weights: reward = offset(features) + slopes(features) . w. A few published methods are not (`linear = False`: PAL, VPL): they
+say how features and weights make a reward (`score`) and how choices become weights (`solved`). No model holds users: everybody
+is adapted from their own choices.
 """
 
 import hashlib
@@ -9,7 +11,7 @@ import json
 from collections.abc import Mapping
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Protocol, Self, runtime_checkable
+from typing import Any, ClassVar, Protocol, Self, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +20,7 @@ from palate.data.embeddings import Embeddings, as_embeddings
 from palate.errors import DataError, MismatchError, ModelFileError
 from palate.models import files, hub
 from palate.priors import Prior
-from palate.solvers import Batch, Solution
+from palate.solvers import Batch, Sides, Solution
 
 
 class Inference(Protocol):
@@ -39,12 +41,16 @@ class RewardModel(nn.Module):
     """Base of every method. Subclasses set their buffers in `__init__` from numbers or leave them empty until fitted.
 
     Attributes:
+        linear: whether the reward is linear in the weights, so that a pair is its slopes and an offset (`design`).
+        reads_prompts: whether the reward depends on e(prompt) beside e(prompt, response) (`under`).
         inference: how choices become weights.
         prior: population of users' weights, or None where the method has none.
         encoder: fingerprint of the encoder whose embeddings it was fitted on, None if unknown.
         record: how it came about (data fingerprint, seed, selection curve ...): JSON-able, saved with the model.
     """
 
+    linear: ClassVar[bool] = True
+    reads_prompts: bool = False
     inference: Inference
 
     def __init__(self) -> None:
@@ -85,7 +91,16 @@ class RewardModel(nn.Module):
 
     def design(self, features: Tensor) -> tuple[Tensor, Tensor]:
         """(N, F) -> offset (N,) and slopes (N, K): the reward is offset + slopes . w."""
-        raise DataError(f"{type(self).__name__} is not linear in its weights")
+        raise DataError(f"{type(self).__name__} is not linear in its weights, so a pair has no slopes; expected a method that is")
+
+    def under(self, features: Tensor, prompts: Tensor) -> Tensor:
+        """(N, F) features of texts, (N, F) features of their prompts alone -> (N, F) what `score` reads, for a method that reads
+        prompts."""
+        raise DataError(f"{type(self).__name__} reads no prompts")
+
+    def solved(self, sides: Sides, users: tuple[str, ...], *, covariance: bool = True) -> Solution:
+        """The weights of a batch of users, for a method that is not linear in them (the others have `inference`)."""
+        raise DataError(f"{type(self).__name__} does not say how choices become weights")
 
     # -- what follows from it
 
