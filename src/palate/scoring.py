@@ -60,8 +60,9 @@ class Scorer:
             DataError: as `score`, and for a method that has no uncertainty (a flat prior on the simplex, for example).
             MismatchError: as `score`.
         """
-        offset, slopes = self.model.design(self._features(prompt, responses))
-        reward = offset + slopes @ self._weights(profile, slopes)
+        features = self._features(prompt, responses)
+        reward = self.model.score(features, self._weights(profile, features))
+        _, slopes = self.model.design(features)
         covariance = None if profile is None else profile.covariance
         prior = self.model.prior
         if profile is None and prior is not None:
