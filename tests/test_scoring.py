@@ -65,7 +65,7 @@ def test_std_is_that_of_the_weights(scorer: Scorer, profile: Profile) -> None:
     generator = torch.Generator().manual_seed(0)
     factor = torch.linalg.cholesky(profile.covariance.double())
     draws = profile.mean + torch.randn(40_000, len(factor), generator=generator, dtype=torch.float64) @ factor.T
-    _, slopes = scorer._design(PROMPT, TEXTS)
+    _, slopes = scorer.model.design(scorer._features(PROMPT, TEXTS))
     assert std.numpy() == pytest.approx((draws @ slopes.T.double()).std(0).numpy(), rel=0.03)
     crowd, unknown = scorer.score_with_std(PROMPT, TEXTS)
     assert crowd.tolist() == scorer.score(PROMPT, TEXTS).tolist()
