@@ -187,20 +187,22 @@ def test_8_where_nobody_differs_nothing_is_lost() -> None:
 
 
 @pytest.mark.slow
-def test_8_ten_types_are_known_at_least_as_well_as_lore_knows_them() -> None:
-    # LoRe as published with the true number of types. The penalised one of this library stays ahead of the default model by a
-    # quarter of a point, where everybody is one of ten types and never errs: there, a simplex is the truth.
-    worlds = [
-        simplex_types(0.001, 8, n_users=200, n_prompts=300, n_test_prompts=60, dim=16),
-        simplex_types(0.001, 0, n_users=100, n_prompts=300, n_test_prompts=60, dim=24),
-        simplex_types(0.001, 0, n_users=200, n_prompts=500, n_test_prompts=60, dim=64),
-    ]
-    for planted in worlds:
-        lore = unseen(palate.fit(planted.train, palate.LoRe.faithful(10)), planted)
-        personal = unseen(palate.fit(planted.train, palate.Hierarchical()), planted)
-        assert personal >= lore
-        assert personal > planted.crowd_unseen
-        assert personal > unseen(palate.fit(planted.train, palate.LoRe()), planted) - 0.01
+@pytest.mark.parametrize(
+    ("alpha", "seed", "n_prompts", "dim"), [(0.001, 8, 300, 16), (0.001, 0, 500, 64), (0.01, 1, 300, 16), (0.1, 1, 300, 16)]
+)
+def test_8_ten_types_are_known_at_least_as_well_as_lore_knows_them(alpha: float, seed: int, n_prompts: int, dim: int) -> None:
+    # LoRe's home ground: everybody mixes ten scorers with weights on a simplex, and never errs. LoRe as published with the true
+    # number of types, and the penalised one of this library, which chooses that number on held-out users.
+    planted = simplex_types(alpha, seed, n_users=200, n_prompts=n_prompts, n_test_prompts=60, dim=dim)
+    published, fixed, personal = (
+        palate.fit(planted.train, model) for model in (palate.LoRe.faithful(10), palate.LoRe(), palate.Hierarchical())
+    )
+    found = unseen(personal, planted)
+    assert found > planted.crowd_unseen
+    assert found > unseen(published, planted) + 0.003
+    assert found > unseen(fixed, planted)
+    seen, theirs = (float(accuracies(model, planted.train, planted.test_seen).mean()) for model in (personal, fixed))
+    assert seen > theirs - 0.0005
 
 
 def test_8_one_base_reward_is_enough_for_two_groups() -> None:

@@ -65,7 +65,41 @@ def test_to_follows_the_tensor() -> None:
     assert {prior.share.dtype, prior.means.dtype, prior.factors.dtype} == {torch.float32}
 
 
+@pytest.mark.parametrize("k", [2, 5, 12])
+def test_an_even_blend_varies_about_as_a_flat_dirichlet_does(k: int) -> None:
+    prior = Prior.blend(torch.full((k,), 1 / k, dtype=torch.float64))
+    flat = (np.eye(k) / k - np.full((k, k), 1 / k**2)) / (k + 1)  # of Dirichlet(1 ... 1)
+    ratio = np.trace(prior.covariance.numpy()) / np.trace(flat)
+    assert 0.5 < ratio < 2
+    away = torch.full((k,), k**-0.5, dtype=torch.float64)
+    assert float((away @ prior.covariance @ away) ** 0.5) < 0.011  # the sum is one
+    assert prior.mean.sum() == pytest.approx(1)
+
+
+def test_walls_add_the_curvature_of_their_barrier_and_those_behind_the_mean_none() -> None:
+    plain = Prior.gaussian(torch.diag(torch.tensor([4.0, 9.0], dtype=torch.float64)), torch.tensor([0.5, -1.0]).double())
+    walled = plain.positive()
+    # -log(walls . w) has second derivative 1 / w^2 whatever the length of the row; w_2 = -1 is outside.
+    np.testing.assert_allclose(walled.covariance, np.diag([1 / (1 / 4 + 1 / 0.5**2), 9.0]), rtol=1e-9)
+    assert plain.walls is None
+
+
+def test_walls_go_where_the_weights_go() -> None:
+    matrix = torch.randn(4, 4, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    prior = some_prior().positive()
+    turned = prior.rotated(matrix)
+    w = torch.randn(4, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    assert prior.walls is not None
+    assert turned.walls is not None
+    torch.testing.assert_close(turned.walls @ (matrix @ w), prior.walls @ w)
+    for same in (prior.scaled(3.0), prior.to(torch.zeros(1))):
+        assert same.walls is not None
+        assert same.walls.tolist() == prior.walls.tolist()
+
+
 def test_what_is_no_prior() -> None:
+    with pytest.raises(DataError, match=r"walls have shape \(2, 4\); expected \(any number, 3\)"):
+        Prior(torch.ones(1), torch.zeros(1, 3), torch.eye(3)[None], torch.zeros(2, 4))
     with pytest.raises(DataError, match=r"prior has shares \(2,\), means \(1, 3\).*expected \(1,\)"):
         Prior(torch.tensor([0.5, 0.5]), torch.zeros(1, 3), torch.eye(3)[None])
     with pytest.raises(DataError, match=r"shares are \[0\.5, 0\.25\]; expected positive numbers that sum to 1"):

@@ -148,6 +148,39 @@ def test_a_mixture_of_equal_components_is_the_component() -> None:
         torch.testing.assert_close(a, b)
 
 
+def test_walls_are_choices_that_everybody_made() -> None:
+    batch, walls = some_batch([6, 1, 0], 3), torch.tensor([[3.0, 0.0, 0.0], [0.0, -2.0, 5.0]], dtype=torch.float64)
+    plain = gaussian(3)
+    found = posterior(batch, Prior(plain.share, plain.means, plain.factors, walls))
+    for user in range(3):
+
+        def objective(w: Floats, user: int = user) -> float:
+            return user_loss(batch, user, w) - log_prior(plain, w) - float(log_expit(walls.numpy() @ w).sum())
+
+        solved = minimize(objective, np.zeros(3), method="BFGS", options={"gtol": 1e-9})
+        np.testing.assert_allclose(found.mean[user], solved.x, atol=1e-5)
+    assert found.covariance is not None
+    assert bool(found.converged.all())
+    assert float(found.covariance[2].diagonal().sum()) < float(plain.covariance.diagonal().sum())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("pairs", "size"), [(9, 1.0), (45, 2.0), (3, 5.0)])
+def test_a_blend_is_the_likelihood_on_the_simplex(pairs: int, size: float, dtype: torch.dtype) -> None:
+    k = 6
+    batch = some_batch([pairs] * 20, k, seed=pairs, size=size, dtype=dtype)._replace(tie=None)
+    batch = batch._replace(offset=torch.zeros_like(batch.offset), weight=torch.ones_like(batch.weight))
+    found = posterior(batch, Prior.blend(torch.full((k,), 1 / k, dtype=dtype)))
+    exact = simplex(batch)
+    assert bool(found.converged.all())
+    assert float(found.mean.min()) > 0
+    assert float((found.mean.sum(1) - 1).abs().max()) < 0.03
+    # Where the likelihood is flat the two may stand apart: what counts is how well they fit.
+    assert float(((batch.loss(found.mean) - batch.loss(exact.mean)) / pairs).max()) < 0.05
+    if pairs == 45:
+        assert float((found.mean - exact.mean).abs().max()) < 0.05
+
+
 def test_without_covariance_nothing_else_changes() -> None:
     batch, prior = some_batch([1, 5], 2), gaussian(2)
     bare = posterior(batch, prior, covariance=False)

@@ -194,7 +194,7 @@ class _Growth:
             factors, failed = torch.linalg.cholesky_ex((covariance + covariance.mT) / 2)
             if bool(failed.any()):
                 return None  # without old users and with few new ones there is no spread to speak of
-            prior = Prior(mass / mass.sum(), means, factors)
+            prior = Prior(mass / mass.sum(), means, factors, old.walls)
         return state._replace(prior=prior)
 
     def bases(self, fold: int, n: int) -> _State | None:
@@ -302,4 +302,5 @@ def _wider(prior: Prior | None, variance: Tensor) -> Prior:
     m, k = prior.means.shape
     factors = prior.factors.new_zeros(m, k + n, k + n)
     factors[:, :k, :k], factors[:, k:, k:] = prior.factors, torch.diag(variance.sqrt())
-    return Prior(prior.share, torch.cat([prior.means, prior.means.new_zeros(m, n)], dim=1), factors)
+    walls = None if prior.walls is None else torch.cat([prior.walls, prior.walls.new_zeros(len(prior.walls), n)], dim=1)
+    return Prior(prior.share, torch.cat([prior.means, prior.means.new_zeros(m, n)], dim=1), factors, walls)

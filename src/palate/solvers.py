@@ -193,9 +193,21 @@ class Laplace(NamedTuple):
 
 
 def whitened(batch: Batch, prior: Prior, component: int) -> Batch:
-    """The same pairs as functions of u, where w = mean + L u and u ~ N(0, I)."""
+    """The same pairs as functions of u, where w = mean + L u and u ~ N(0, I); the prior's walls are pairs like the others."""
+    if prior.walls is not None:
+        batch = _walled(batch, prior.walls)
     mean, factor = prior.means[component], prior.factors[component]
     return batch._replace(slopes=batch.slopes @ factor, offset=batch.offset + batch.slopes @ mean)
+
+
+def _walled(batch: Batch, walls: Tensor) -> Batch:
+    """The batch with one more choice of every user for each wall (E, K). A user without any pair in it gets them too."""
+    users, more = len(batch.offset), len(walls)
+    slopes = torch.cat([batch.slopes, walls.expand(users, -1, -1)], dim=1)
+    offset = torch.cat([batch.offset, batch.offset.new_zeros(users, more)], dim=1)
+    weight = torch.cat([batch.weight, batch.weight.new_ones(users, more)], dim=1)
+    tie = None if batch.tie is None else torch.cat([batch.tie, batch.tie.new_zeros(users, more)], dim=1)
+    return Batch(slopes, offset, weight, tie)
 
 
 def posterior(batch: Batch, prior: Prior, *, max_steps: int = 50, tolerance: float = 1e-5, covariance: bool = True) -> Solution:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from palate.data.embeddings import Dense
 from palate.data.pairs import EmbeddedPairs
+from palate.data.simulation import names, simulate
 from palate.data.synthetic import accuracy
 from palate.errors import DataError
 
@@ -105,8 +106,8 @@ def simplex_types(
     """Users who weigh ten scorers, w ~ Dirichlet(alpha 1_10), and choose the best of eight answers over the worst, without noise.
 
     Scorer k is a unit direction v_k of the features with v_j . v_k = `common` for j != k, as real reward models agree in part.
-    Every user meets `shots[0]` (seen) or `shots[1]` (unseen) of the training prompts and all test prompts. Only rows are kept
-    for each user: memory is O(texts x D + users x prompts), never their product with D.
+    Every user meets `shots[0]` (seen) or `shots[1]` (unseen) of the training prompts and all test prompts (`simulation.simulate`,
+    which takes scores of real texts too). Memory is O(texts x D + choices).
 
     Args:
         alpha: concentration; .001 is nearly one scorer for each user, large values make everybody alike.
@@ -134,49 +135,18 @@ def simplex_types(
     frame = np.linalg.qr(rng.standard_normal((dim, k + 1)))[0]
     directions = math.sqrt(common) * frame[:, :1] + math.sqrt(1 - common) * frame[:, 1:]
     table = rng.standard_normal(((n_prompts + n_test_prompts) * n_answers, dim)).astype(np.float32)
-    weights = rng.dirichlet(np.full(k, alpha), size=2 * n_users)
-    # Dirichlet with a tiny alpha can underflow to 0/0; such a user is one scorer alone, which is its limit.
-    broken = ~np.isfinite(weights).all(axis=1)
-    weights[broken] = np.eye(k)[rng.integers(k, size=int(broken.sum()))]
-
-    best, worst = _extremes(table.astype(np.float64) @ directions, weights, n_answers)  # (2U, prompts)
-    few = np.argsort(rng.random((2 * n_users, n_prompts)), axis=1)
-    shared = Dense(torch.from_numpy(table))
-    names = _names(n_users)
-
-    def part(unseen: bool, prompts: NDArray[np.int64]) -> EmbeddedPairs:
-        rows = np.arange(n_users)[:, None] + (n_users if unseen else 0)
-        users = np.repeat(np.asarray(names[unseen], dtype=object), prompts.shape[1])
-        chosen, rejected = best[rows, prompts].ravel(), worst[rows, prompts].ravel()
-        return EmbeddedPairs(shared, chosen, rejected, users, unit=prompts.ravel())
-
-    tests = np.broadcast_to(n_prompts + np.arange(n_test_prompts), (n_users, n_test_prompts))
-    parts = (part(False, few[:n_users, : shots[0]]), part(False, tests), part(True, few[n_users:, : shots[1]]), part(True, tests))
-    return _planted(parts, np.zeros(dim), directions, weights)
+    scores = (table.astype(np.float64) @ directions).reshape(-1, n_answers, k)
+    found = simulate(
+        Dense(torch.from_numpy(table)), scores, alpha, rng, n_users=(n_users, n_users), n_test=n_test_prompts, shots=shots
+    )
+    parts = (found.train, found.test_seen, found.support, found.test_unseen)
+    return _planted(parts, np.zeros(dim), directions, np.concatenate([found.weights_seen, found.weights_unseen]))
 
 
 def _counts(counts: dict[str, int]) -> None:
     for name, value in counts.items():
         if value < 1:
             raise DataError(f"{name} is {value}; expected at least 1")
-
-
-def _names(n_users: int) -> tuple[list[str], list[str]]:
-    width = len(str(n_users - 1))
-    return [f"seen{u:0{width}d}" for u in range(n_users)], [f"unseen{u:0{width}d}" for u in range(n_users)]
-
-
-def _extremes(
-    scores: NDArray[np.float64], weights: NDArray[np.float64], n_answers: int
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Rows of the best and the worst answer to every prompt for every user, (U, prompts), in blocks of users."""
-    first = np.arange(0, len(scores), n_answers)
-    best, worst = (np.empty((len(weights), len(first)), dtype=np.int64) for _ in range(2))
-    for start in range(0, len(weights), 50):
-        block = slice(start, start + 50)
-        reward = (weights[block] @ scores.T).reshape(-1, len(first), n_answers)
-        best[block], worst[block] = first + reward.argmax(axis=2), first + reward.argmin(axis=2)
-    return best, worst
 
 
 def _logistic(
@@ -196,11 +166,11 @@ def _logistic(
     shape = (2, n_users, each)
     chosen, rejected = np.where(wins, left, right).reshape(shape), np.where(wins, right, left).reshape(shape)
     shared = Dense(torch.from_numpy(table))
-    names = _names(n_users)
+    ids = names(n_users, n_users)
 
     def part(unseen: bool, columns: slice) -> EmbeddedPairs:
         mine = chosen[int(unseen), :, columns], rejected[int(unseen), :, columns]
-        users = np.repeat(np.asarray(names[unseen], dtype=object), mine[0].shape[1])
+        users = np.repeat(np.asarray(ids[unseen], dtype=object), mine[0].shape[1])
         return EmbeddedPairs(shared, mine[0].ravel(), mine[1].ravel(), users)
 
     first, last = slice(0, n_train), slice(n_train, None)

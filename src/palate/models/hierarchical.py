@@ -5,8 +5,8 @@ shared start without a prior; this one has a prior with a covariance, learned, a
 choices, or where people do not differ, it is the crowd's reward.
 
 The order of estimation: the crowd's direction and its ridge, whether the crowd's reward bends, the directions in which users'
-choices depart from it, the spread along them (EM), types of people, and then how much of all this to believe. Every choice
-is made on held-out seen users and is written into the record with its curve.
+choices depart from it, the spread along them (EM), how much of all this to believe, types of people, and whether users are
+blends of types. Every choice is made on held-out seen users and is written into the record with its curve.
 """
 
 from collections.abc import Callable
@@ -20,7 +20,7 @@ from palate.data.pairs import EmbeddedPairs
 from palate.errors import DataError
 from palate.models import crowd
 from palate.models.base import Inference, Newton, RewardModel
-from palate.models.selection import CROWD, KAPPAS, ROUNDS, Candidate, Crowds, Selection
+from palate.models.selection import BLENDS, CROWD, KAPPAS, ROUNDS, Candidate, Crowds, Selection
 from palate.models.subspace import Design
 from palate.priors import Prior
 
@@ -41,6 +41,9 @@ class Hierarchical(RewardModel):
         kappa: multiplier of the prior covariance. None chooses it, and how people differ, on held-out users, 0 included (then
             this is Bradley-Terry); with a number nothing of that is validated, and the floor is the caller's own affair.
         prior_variance: variance of the margins under the prior from which EM starts, in squared log-odds.
+        blend: whether a user is a blend of types of people, with weights that are positive and sum to one, as LoRe's are. None
+            tries it where people hardly err and keeps it where held-out users gain, False does not try. True is what a model
+            says that was fitted so; to fit, it is None.
     """
 
     direction: Tensor
@@ -60,6 +63,7 @@ class Hierarchical(RewardModel):
         types: tuple[int, ...] = TYPES,
         kappa: float | None = None,
         prior_variance: float = 4.0,
+        blend: bool | None = None,
     ):
         super().__init__()
         if n_bases < 0 or bend < 0:
@@ -69,6 +73,7 @@ class Hierarchical(RewardModel):
         if not prior_variance > 0:
             raise DataError(f"prior_variance is {prior_variance}; expected a positive number")
         self.n_bases, self.bend, self.types, self.kappa, self.prior_variance = n_bases, bend, tuple(types), kappa, prior_variance
+        self.blend = blend
         self.inference: Inference = Newton()
         for name in ("direction", "phases", "amplitudes", "share"):
             self.register_buffer(name, torch.zeros(0))
@@ -83,6 +88,7 @@ class Hierarchical(RewardModel):
             "types": list(self.types),
             "kappa": self.kappa,
             "prior_variance": self.prior_variance,
+            **({} if self.blend is None else {"blend": self.blend}),  # as models that were saved before there were blends
         }
 
     @property
@@ -97,7 +103,8 @@ class Hierarchical(RewardModel):
     def prior(self) -> Prior | None:
         if len(self.share) == 0:
             return None
-        return Prior(self.share, self.means, self.factors)
+        prior = Prior(self.share, self.means, self.factors)
+        return prior.positive() if self.blend else prior
 
     def features(self, embeddings: Embeddings) -> Tensor:
         """(N, 1 + K): the crowd's reward, then the base rewards."""
@@ -138,11 +145,11 @@ class _Estimation:
         bend = self._bend(straight)
         if bend is not None:
             table, bent = bend
-            around = self._selection(straight, self._beside(self.data, table).project(bent.directions))
+            around = self._selection(straight, self._beside(self.data, table).project(bent.directions), bent=True)
             around.crowd_alone()
             if personal is None or around.mean(CROWD) < personal.mean(chosen):
                 self.record["bend"]["chosen"] = True
-                personal, chosen = self._personal(straight, around.crowds.offsets, 0.6)
+                personal, chosen = self._personal(straight, around.crowds.offsets, 0.6, bent=True)
                 numbers["direction"] = self.scale * bent.direction[: len(self.scale)]
                 numbers["frequencies"], numbers["phases"] = table.frequencies, table.phases
                 numbers["amplitudes"] = bent.direction[len(self.scale) :] * table.gain
@@ -152,27 +159,32 @@ class _Estimation:
             view, prior = personal.describe(chosen)
             numbers["bases"] = self.scale[:, None] * view.bases
             numbers.update({"share": prior.share, "means": prior.means, "factors": prior.factors})
-        out = self.model.like(numbers)
+        out = self.model.like(numbers, blend=True if chosen.blended else False if self.model.blend is False else None)
         out.record["selection"] = self.record
         self.progress(1.0, "done")
         return out
 
-    def _selection(self, straight: crowd.CrowdFit, offsets: Tensor) -> Selection:
+    def _selection(self, straight: crowd.CrowdFit, offsets: Tensor, *, bent: bool = False) -> Selection:
         model = self.model
-        crowds = Crowds(offsets, straight.directions, straight.stronger - straight.directions)
+        crowds = Crowds(offsets, straight.directions, straight.stronger - straight.directions, bent)
         n_bases, variance = model.n_bases, model.prior_variance
         return Selection(self.data, self.linear, self.fold, crowds, n_bases=n_bases, prior_variance=variance, seed=self.seed)
 
-    def _personal(self, straight: crowd.CrowdFit, offsets: Tensor, done: float) -> tuple[Selection | None, Candidate]:
+    def _personal(
+        self, straight: crowd.CrowdFit, offsets: Tensor, done: float, *, bent: bool = False
+    ) -> tuple[Selection | None, Candidate]:
         """How people differ from a crowd with these margins (P, folds + 1)."""
         model = self.model
         if model.n_bases == 0 or model.kappa == 0 or len(self.data.user_ids) < 2:
             return None, CROWD
-        selection = self._selection(straight, offsets)
+        selection = self._selection(straight, offsets, bent=bent)
         if not selection.folds:  # too few users to hold any out
             return selection, Candidate(ROUNDS[-1], rank=model.n_bases, kappa=1.0 if model.kappa is None else model.kappa)
         if model.kappa is None:
-            chosen = selection.select(KAPPAS, model.types, lambda share: self.progress(done + 0.35 * share, "how people differ"))
+            blends = [] if model.blend is False else [number for number in BLENDS if number <= model.n_bases]
+            chosen = selection.select(
+                KAPPAS, model.types, blends, lambda share: self.progress(done + 0.35 * share, "how people differ")
+            )
         else:
             chosen = Candidate(ROUNDS[-1], rank=model.n_bases, kappa=model.kappa)
             selection.judge(chosen)

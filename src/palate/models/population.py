@@ -19,7 +19,7 @@ from palate import likelihood
 from palate.data.pairs import EmbeddedPairs
 from palate.models.subspace import Design
 from palate.priors import Prior
-from palate.solvers import Batch, Laplace, newton, whitened
+from palate.solvers import Batch, Laplace, newton, posterior, whitened
 
 
 class Expectation:
@@ -112,6 +112,39 @@ def mixture(
         share = (mass + 1) / (expect.n_users + components)
         found = Prior(share / share.sum(), means, torch.linalg.cholesky(_solid(covariances)))
     return found
+
+
+@dataclass(frozen=True)
+class Blend:
+    """Types of people to be blended: type k's margins are gain_k offset + slopes . mean_k."""
+
+    gains: Tensor  # (T,)
+    means: Tensor  # (T, K)
+    share: Tensor  # (T,) of the users nearest to each, every type counting one user more
+
+
+def blend(parts: Sequence[Batch], prior: Prior, types: int, *, seed: int = 0, size: float = 2.0) -> Blend:
+    """Types of people by k-means of the users' rewards, for users who are blends of them (`Prior.blend`).
+
+    A user's reward is offset + slopes . mode under `prior`; how long it is says how many choices they made and not what they
+    like, so all get margins of unit root mean square over everybody's pairs, in which metric they are clustered, and the types'
+    margins get root mean square `size`: where people never err, a likelihood of saturated margins tells types that agree on
+    most pairs apart no longer (ten types, nine choices each, `size` 2: .9996 of the choices of new users, 16: .998, 32: .991).
+    Cost: one solve of everybody, a K x K moment, and k-means of U rows.
+    """
+    modes = torch.cat([posterior(part, prior, tolerance=1e-3, covariance=False).mean for part in parts])
+    rows = [torch.cat([part.offset[..., None], part.slopes], dim=2).double() for part in parts]
+    moment = sum(torch.einsum("unk,un,unl->kl", z, part.weight.double(), z) for z, part in zip(rows, parts, strict=True))
+    moment = _solid(torch.as_tensor(moment) / sum(float(part.weight.sum()) for part in parts))
+    factor = torch.linalg.cholesky(moment)  # margins of reward r have mean square |factor^T r|^2
+    rewards = torch.cat([modes.new_ones(len(modes), 1), modes], dim=1).double() @ factor
+    rewards = rewards / rewards.norm(dim=1, keepdim=True).clamp(min=1e-12)
+    kmeans = KMeans(min(types, len(modes)), n_init=4, random_state=seed).fit(rewards.cpu().numpy())
+    centres = torch.as_tensor(kmeans.cluster_centers_, dtype=torch.float64, device=modes.device)
+    centres = size * centres / centres.norm(dim=1, keepdim=True).clamp(min=1e-12)
+    raw = torch.linalg.solve_triangular(factor, centres, upper=False, left=False)
+    count = torch.bincount(torch.as_tensor(np.asarray(kmeans.labels_)).long(), minlength=len(raw)).to(modes) + 1
+    return Blend(raw[:, 0].to(modes), raw[:, 1:].to(modes), count / count.sum())
 
 
 @dataclass(frozen=True)
