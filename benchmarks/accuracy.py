@@ -19,19 +19,20 @@ import csv
 import hashlib
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from palate.bench.protocols import RECIPES, one_table, personalllm
+from palate.bench.protocols import of_busy_users as of_busy_users  # other scripts take it from here
 from palate.data.embeddings import Dense, Embeddings
-from palate.data.pairs import EmbeddedPairs, PairSet, Text
-from palate.data.planted import Planted, one_crowd, simplex_types, two_groups
+from palate.data.pairs import Text
+from palate.data.planted import Planted, one_crowd, two_groups
 from palate.data.readers import load_valid_pairs
-from palate.data.splits import By, Split
 from palate.encoders import Encoder, JoinedEncoder, State, load_encoder
 from palate.evaluation import Estimate, Evaluation, compare
 from palate.models.base import RewardModel
@@ -40,6 +41,7 @@ from palate.terminal import methods as methods_named
 SHOTS = (0, 1, 2, 5, 10, None)
 FEW = (0, 1, 2, 5)
 METHODS = "bt,lore,hierarchical"
+SPECS = {"polis": ("items",), "convarg": ("minilm", "minilm+style", "items+minilm"), "prism": ("minilm", "minilm+style")}
 
 Draw = Callable[[dict[str, RewardModel], int], Evaluation]
 World = Callable[[int], Planted]
@@ -89,39 +91,25 @@ def encoder(spec: str, folder: Path) -> Encoder:
     return parts[0] if len(parts) == 1 else JoinedEncoder(parts)
 
 
-def of_busy_users(pairs: PairSet, least: int, label: np.ndarray | None = None) -> PairSet:
-    """The choices of users with at least `least` of them, or, with a `label` (P,) each, with so many distinct labels."""
-    user = pairs.user_index
-    if label is not None:
-        user = np.unique(np.stack([user, label]), axis=1)[0]
-    return pairs[(np.bincount(user, minlength=len(pairs.user_ids)) >= least)[pairs.user_index]]
-
-
 def polis(path: Path, out: Path) -> Iterator[Case]:
     """A user's statements are halved; up to 40 pairs (agreed, disagreed) are drawn inside either half."""
-    pairs, _ = load_valid_pairs(path)
-    yield from _cases("polis", pairs, ("items",), "item", out, (40, 40))
+    yield from _cases("polis", path, out)
 
 
 def convarg(path: Path, out: Path) -> Iterator[Case]:
     """Strict choices of users with at least 20 of them, in random halves."""
-    pairs, _ = load_valid_pairs(path)
-    strict = of_busy_users(pairs[~pairs.tie], 20)
-    yield from _cases("convarg", strict, ("minilm", "minilm+style", "items+minilm"), "pair", out, (60, 100))
+    yield from _cases("convarg", path, out)
 
 
 def prism(path: Path, out: Path) -> Iterator[Case]:
     """Users with at least 4 prompts; their prompts are halved."""
-    pairs, _ = load_valid_pairs(path)
-    strict = pairs[~pairs.tie]
-    busy = of_busy_users(strict, 4, strict.prompt_index)
-    yield from _cases("prism", busy, ("minilm", "minilm+style"), "prompt", out, (None, None))
+    yield from _cases("prism", path, out)
 
 
-def _cases(
-    name: str, pairs: PairSet, specs: Iterable[str], by: By, out: Path, most: tuple[int | None, int | None]
-) -> Iterator[Case]:
-    for spec in specs:
+def _cases(name: str, path: Path, out: Path) -> Iterator[Case]:
+    recipe = RECIPES[name]
+    pairs = recipe.keep(load_valid_pairs(path)[0])
+    for spec in SPECS[name]:
         features, label = encoder(spec, out / "tables"), f"{name}, {spec}"
 
         def draw(models: dict[str, RewardModel], seed: int, features: Encoder = features, label: str = label) -> Evaluation:
@@ -129,11 +117,11 @@ def _cases(
                 pairs,
                 features,
                 models,
-                by=by,
+                by=recipe.by,
                 seeds=[seed],
                 shots=SHOTS,
-                max_support=most[0],
-                max_test=most[1],
+                max_support=recipe.max_support,
+                max_test=recipe.max_test,
                 data_set=label,
             )
 
@@ -145,8 +133,8 @@ def planted() -> Iterator[Case]:
     worlds: dict[str, tuple[World, int]] = {
         "two groups": (two_groups, 2),
         "one crowd": (one_crowd, 2),
-        "simplex types, alpha .001": (lambda seed: simplex_types(0.001, seed, n_test_prompts=200), 8),
-        "simplex types, alpha .1": (lambda seed: simplex_types(0.1, seed, n_test_prompts=200), 8),
+        "simplex types, alpha .001": (partial(personalllm, 0.001), 8),
+        "simplex types, alpha .1": (partial(personalllm, 0.1), 8),
     }
     for name, (world, n_answers) in worlds.items():
 
@@ -160,18 +148,6 @@ def planted() -> Iterator[Case]:
             return world(seed).oracle_unseen
 
         yield Case(name, draw, truth)
-
-
-def one_table(world: Planted, n_answers: int) -> tuple[EmbeddedPairs, Split]:
-    """The four sets of a planted world as one data set, and the split that tells them apart; a prompt is `n_answers` rows."""
-    sets = (world.train, world.test_seen, world.support, world.test_unseen)
-    stops = np.cumsum([0] + [len(part) for part in sets])
-    rows = [np.arange(a, b) for a, b in pairwise(stops)]
-    chosen, rejected = (torch.cat([getattr(part, name) for part in sets]) for name in ("chosen", "rejected"))
-    unit = chosen // n_answers  # the prompt: the sets number their own units each from 0
-    users = np.concatenate([part.users for part in sets])
-    data = EmbeddedPairs(world.train.embeddings, chosen, rejected, users, unit=unit)
-    return data, Split(rows[0], rows[1], rows[2], rows[3], "unit", None, {}, {})
 
 
 CASES: dict[str, Callable[[Path, Path], Iterator[Case]]] = {"polis": polis, "convarg": convarg, "prism": prism}

@@ -33,9 +33,10 @@ LAYERS = [
     {"adaptation"},
     {"training", "questions", "store", "carrying", "growing", "naming", "devices", "end_to_end"},
     {"evaluation", "scoring", "judges", "scale"},
-    {"report", "alignment", "audit", "runs"},
+    {"report", "alignment", "audit", "runs", "bench"},
     {"server"},
-    {"studio", "cli", "doctor", "terminal", "training_cli", "cache_cli", "tuning_cli", "hub_cli", "__main__"},
+    {"studio", "cli", "doctor", "terminal", "training_cli", "cache_cli", "tuning_cli", "hub_cli", "data_cli", "bench_cli"}
+    | {"judge_cli", "__main__"},
 ]
 # Everything an extra of pyproject.toml brings, by the name it is imported under.
 OPTIONAL = (

@@ -38,6 +38,17 @@ METHODS: dict[str, Callable[[], RewardModel]] = {
     "nobody differs": lambda: palate.Hierarchical(4, bend=0, kappa=0.0),
     "mrm": lambda: palate.MRM(3, inner=ExactSolve(), outer=Outer(0.05, 64, 4, "constant", warmup=0.0, ridge=1e-3)),
     "mrm-faithful": lambda: palate.MRM.faithful(epochs=4),
+    "pal-a": lambda: palate.PAL(3),
+    "pal-a-faithful": lambda: palate.PAL.faithful(2, hidden=(6,), width=4, few_shot_epochs=3),
+    "pal-b": lambda: palate.PAL(3, by_prompt=True),
+    "pal-b-faithful": lambda: palate.PAL.faithful(2, by_prompt=True, hidden=(6,), width=4, few_shot_epochs=3),
+    "vpl": lambda: palate.VPL((2,), hidden=4, epochs=6),
+    "vpl-faithful": lambda: palate.VPL.faithful(3, hidden=8, epochs=1),
+    "individual": lambda: palate.IndividualBT(),
+    "individual-crowd": lambda: palate.IndividualBT(around_crowd=True),
+    "groups": lambda: palate.GroupBT(),
+    "neighbours": lambda: palate.Neighbours(),
+    "attributes": lambda: palate.AttributePrior(base=palate.Hierarchical(4, bend=0, types=(), kappa=1.0)),
     "scorers": lambda: palate.GivenBases(),
     "scorers, signed": lambda: palate.GivenBases("signed"),
     "scorers, mixed": lambda: palate.GivenBases("simplex"),
@@ -50,8 +61,12 @@ CLASSES = {
     "lore-faithful": "LoRe",
 }  # the others are Hierarchical
 CLASSES |= {"mrm": "MRM", "mrm-faithful": "MRM"}
+CLASSES |= dict.fromkeys(("pal-a", "pal-a-faithful", "pal-b", "pal-b-faithful"), "PAL") | {"vpl": "VPL", "vpl-faithful": "VPL"}
+CLASSES |= {"individual": "IndividualBT", "individual-crowd": "IndividualBT", "groups": "GroupBT", "neighbours": "Neighbours"}
+CLASSES |= {"attributes": "AttributePrior"}
 CLASSES |= dict.fromkeys(("scorers", "scorers, signed", "scorers, mixed"), "GivenBases")
 EXEMPT = {"Reference"}  # nothing is fitted, and it needs an encoder with a head: its contract is tests/test_reference.py
+IN_ORDER = ("pal-a-faithful", "pal-b-faithful")  # mini-batches of a user's choices in the order they came, from a random start
 EVERY = pytest.mark.parametrize("name", METHODS)
 
 
@@ -74,12 +89,22 @@ def arrays(n_users: int, seed: int = 0, dim: int = 5) -> dict[str, np.ndarray]:
         "users": users[order],
         "tie": (rng.random(len(users)) < 0.1)[order],
         "weight": rng.choice([0.5, 1.0, 2.0], len(users))[order],
+        "prompts": rng.choice(place[2 * len(users) :], len(users)),
     }
 
 
 def pairs_of(columns: dict[str, np.ndarray], **changes: np.ndarray) -> EmbeddedPairs:
     a = {**columns, **changes}
-    return EmbeddedPairs(a["embeddings"], a["chosen"], a["rejected"], a["users"], tie=a["tie"], weight=a["weight"], encoder="enc")
+    return EmbeddedPairs(
+        a["embeddings"],
+        a["chosen"],
+        a["rejected"],
+        a["users"],
+        tie=a["tie"],
+        weight=a["weight"],
+        prompts=a["prompts"],
+        encoder="enc",
+    )
 
 
 def taken(columns: dict[str, np.ndarray], rows: np.ndarray) -> EmbeddedPairs:
@@ -112,7 +137,7 @@ def test_every_class_is_under_contract_and_can_be_saved() -> None:
         below = [kind for kind in waiting.pop().__subclasses__() if kind.__module__.startswith("palate.")]
         waiting += below
         found |= {kind.__name__ for kind in below}
-    assert len(found) == 7
+    assert len(found) == 13
     assert found == files.KINDS.keys() == {type(make()).__name__ for make in METHODS.values()} | EXEMPT
     assert all(type(make()).__name__ == CLASSES.get(name, "Hierarchical") for name, make in METHODS.items())
 
@@ -133,7 +158,8 @@ def test_options_make_the_same_model_and_survive_json(name: str) -> None:
     model = METHODS[name]()
     again = type(model).from_options(json.loads(json.dumps(model.options())))
     assert again.fingerprint() == model.fingerprint()
-    assert type(again.inference) is type(model.inference)
+    if model.linear:
+        assert type(again.inference) is type(model.inference)
     assert repr(model).startswith(type(model).__name__ + "(")
 
 
@@ -156,14 +182,24 @@ def test_margins_are_differences_of_scores(name: str) -> None:
     profiles = palate.adapt(model, data)
     features = model.features(data.embeddings)
     for user in data.user_ids[:3]:
-        score = model.score(features, profiles[user].mean)
-        mine = data.of_users([user])
-        torch.testing.assert_close(palate.margins(model, mine, profiles), score[mine.chosen] - score[mine.rejected])
+        weights, mine = profiles[user].mean, data.of_users([user])
+        rows = [features[mine.chosen], features[mine.rejected]]
+        if model.reads_prompts:
+            assert mine.prompts is not None
+            rows = [model.under(part, features[mine.prompts]) for part in rows]
+        chosen, rejected = (model.score(part, weights) for part in rows)
+        torch.testing.assert_close(palate.margins(model, mine, profiles), chosen - rejected)
+    if model.reads_prompts and model.n_weights:
+        with pytest.raises(DataError, match="depends on the prompt"):
+            model(data.embeddings.rows(torch.arange(4)))
+        return
     torch.testing.assert_close(model(data.embeddings.rows(torch.arange(4))), model.score(features[:4], model.crowd_weights))
 
 
 @EVERY
 def test_the_order_of_choices_changes_nothing(name: str) -> None:
+    if name in IN_ORDER:
+        pytest.skip("the published few-shot loop takes a user's choices four at a time")
     model = fitted(name)
     order = np.random.default_rng(1).permutation(len(OTHERS["users"]))
     data, shuffled = everybody(), taken(OTHERS, order)
@@ -191,7 +227,7 @@ def test_a_batch_is_the_loop_over_users_and_nobody_changes_another(name: str) ->
 
 @EVERY
 def test_another_name_gives_the_same_profile(name: str) -> None:
-    if name in ("lore-faithful", "pref-faithful"):
+    if name in ("lore-faithful", "pref-faithful", *IN_ORDER):
         pytest.skip("the published start is random, and here it is drawn from the user's id")
     renamed = np.array([f"person {99 - int(user[1:])}" for user in OTHERS["users"]])  # the other way round when sorted
     ours, theirs = palate.adapt(fitted(name), everybody()), palate.adapt(fitted(name), pairs_of(OTHERS, users=renamed))
@@ -231,6 +267,8 @@ def test_a_covariance_is_one_and_shrinks_with_choices(name: str) -> None:
 
 @EVERY
 def test_a_choice_of_weight_two_is_a_choice_said_twice(name: str) -> None:
+    if name in (*IN_ORDER, "vpl-faithful"):
+        pytest.skip("the published code has no weights; ours scale a choice's share, and saying it twice takes another step")
     model, n = fitted(name), len(OTHERS["users"])
     weight = np.ones(n)
     weight[::3] = 2
@@ -241,11 +279,13 @@ def test_a_choice_of_weight_two_is_a_choice_said_twice(name: str) -> None:
 
 @EVERY
 def test_a_tie_is_half_a_choice_each_way(name: str) -> None:
+    if name in (*IN_ORDER, "vpl-faithful"):
+        pytest.skip("the published code has no ties, and its own steps see two half choices as two")
     model, n, rng = fitted(name), len(OTHERS["users"]), np.random.default_rng(2)
     tie = rng.random(n) < 0.4
     both = {
         key: np.concatenate([OTHERS[key], OTHERS[other][tie]])
-        for key, other in (("chosen", "rejected"), ("rejected", "chosen"), ("users", "users"))
+        for key, other in (("chosen", "rejected"), ("rejected", "chosen"), ("users", "users"), ("prompts", "prompts"))
     }
     halves = {"weight": np.concatenate([np.where(tie, 0.5, 1.0), np.full(tie.sum(), 0.5)]), "tie": np.zeros(n + tie.sum(), bool)}
     apart = pairs_of({**OTHERS, **both, **halves})
@@ -379,6 +419,12 @@ def nothing_learned() -> dict[str, RewardModel]:
         "Hierarchical": palate.Hierarchical().like({"direction": zeros(5), "bases": zeros(5, 0)}),
         "MRM": palate.MRM(0).like({"direction": zeros(5), "bases": zeros(5, 0)}),
         "GivenBases": palate.GivenBases().like({"scale": zeros(5), "crowd": zeros(5)}),
+        "PAL": palate.PAL().like({"direction": zeros(5), "entry": zeros(5, 0)}),
+        "VPL": palate.VPL().like({"direction": zeros(5), "first": zeros(5, 0)}),
+        "IndividualBT": palate.IndividualBT().like({"direction": zeros(5), "scale": zeros(5)}),
+        "GroupBT": palate.GroupBT().like({"rewards": zeros(5, 1), "share": torch.ones(1)}),
+        "Neighbours": palate.Neighbours().like({"rewards": zeros(5, 1), "nearest": torch.ones(()), "sharpness": torch.ones(())}),
+        "AttributePrior": palate.AttributePrior().like({"direction": zeros(5), "bases": zeros(5, 0)}),
     }
 
 
@@ -547,7 +593,12 @@ def test_a_method_that_diverged_is_no_model() -> None:
 @pytest.mark.parametrize("name", METHODS)
 def test_users_of_one_choice_each_and_nobody_to_ask(name: str) -> None:
     rng = np.random.default_rng(0)
-    data = EmbeddedPairs(rng.standard_normal((40, 5)), np.arange(20), 20 + np.arange(20), [f"u{i:02d}" for i in range(20)])
+    users, prompts = [f"u{i:02d}" for i in range(20)], np.arange(20)
+    data = EmbeddedPairs(rng.standard_normal((40, 5)), np.arange(20), 20 + np.arange(20), users, prompts=prompts)
+    if name == "vpl-faithful":
+        with pytest.raises(DataError, match="no two of one user"):  # its context is a user's other choices
+            palate.fit(data, METHODS[name]())
+        return
     model = palate.fit(data, METHODS[name]())
     assert bool(torch.isfinite(palate.margins(model, data, palate.adapt(model, data))).all())
 

@@ -40,14 +40,20 @@ if TYPE_CHECKING:
     )
     from palate.evaluation import Evaluation, compare, evaluate
     from palate.growing import grow
+    from palate.models.attribute_prior import AttributePrior
     from palate.models.base import RewardModel, load_model
     from palate.models.factored import BradleyTerry, LoRe
     from palate.models.given import GivenBases
+    from palate.models.groups import GroupBT
     from palate.models.hierarchical import Hierarchical
+    from palate.models.individual import IndividualBT
     from palate.models.mrm import MRM
+    from palate.models.neighbours import Neighbours
+    from palate.models.pal import PAL
     from palate.models.pref import PReF
     from palate.models.published import PublishedPairs, load_published_mrm, load_published_pairs
     from palate.models.reference import Reference
+    from palate.models.vpl import VPL
     from palate.naming import Naming, name_bases, name_profile
     from palate.report import write_report
     from palate.report.card import model_card
@@ -75,14 +81,20 @@ _HOME = {
     ),
     "palate.evaluation": ("Evaluation", "compare", "evaluate"),
     "palate.growing": ("grow",),
+    "palate.models.attribute_prior": ("AttributePrior",),
     "palate.models.base": ("RewardModel", "load_model"),
     "palate.models.factored": ("BradleyTerry", "LoRe"),
     "palate.models.given": ("GivenBases",),
+    "palate.models.groups": ("GroupBT",),
     "palate.models.hierarchical": ("Hierarchical",),
+    "palate.models.individual": ("IndividualBT",),
     "palate.models.mrm": ("MRM",),
+    "palate.models.neighbours": ("Neighbours",),
+    "palate.models.pal": ("PAL",),
     "palate.models.pref": ("PReF",),
     "palate.models.published": ("PublishedPairs", "load_published_mrm", "load_published_pairs"),
     "palate.models.reference": ("Reference",),
+    "palate.models.vpl": ("VPL",),
     "palate.naming": ("Naming", "name_bases", "name_profile"),
     "palate.report": ("write_report",),
     "palate.report.card": ("model_card",),
@@ -126,6 +138,12 @@ __all__ = [  # noqa: RUF022 - in the order of the way through, then the errors
     "LoRe",
     "PReF",
     "MRM",
+    "PAL",
+    "VPL",
+    "IndividualBT",
+    "GroupBT",
+    "Neighbours",
+    "AttributePrior",
     "GivenBases",
     "train",
     "load_published_pairs",

@@ -144,7 +144,7 @@ def adapt(model: RewardModel, data: EmbeddedPairs, *, covariance: bool = True) -
     if k == 0:
         return no_pairs(model, data.user_ids, grouped.counts)
     mean = second.new_empty(users, k)
-    spread = second.new_empty(users, k, k) if covariance else None
+    spread = second.new_empty(0, k, k) if covariance and not users else None  # made when a first one is there: K may be large
     converged = torch.empty(users, dtype=torch.bool, device=second.device)
     for rows in batches(grouped.counts, k if model.linear else k + 2 * second.shape[1]):
         ids = tuple(data.user_ids[u] for u in rows.tolist())
@@ -154,9 +154,8 @@ def adapt(model: RewardModel, data: EmbeddedPairs, *, covariance: bool = True) -
         else:
             solved = model.solved(pad_sides(data, first, second, rows), ids, covariance=covariance)
         mean[rows], converged[rows] = solved.mean, solved.converged
-        if solved.covariance is None:
-            spread = None
-        elif spread is not None:
+        if covariance and solved.covariance is not None:
+            spread = second.new_empty(users, k, k) if spread is None else spread
             spread[rows] = solved.covariance
     return Profiles(data.user_ids, mean, spread, grouped.counts, converged, model.fingerprint())
 
@@ -173,7 +172,7 @@ def no_pairs(model: RewardModel, user_ids: Sequence[str], n_pairs: Tensor | None
         spread = (prior.covariance + torch.outer(away, away)).expand(n, -1, -1)
     counts = torch.zeros(n, dtype=torch.int64, device=crowd.device) if n_pairs is None else n_pairs
     converged = torch.ones(n, dtype=torch.bool, device=crowd.device)
-    return Profiles(tuple(user_ids), crowd.expand(n, -1), spread, counts, converged, model.fingerprint())
+    return Profiles(tuple(user_ids), model.expected(user_ids), spread, counts, converged, model.fingerprint())
 
 
 @torch.no_grad()

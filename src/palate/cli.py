@@ -3,17 +3,15 @@
 Exit codes: 0 done; 1 done, and bad rows or a broken part were found; 2 not done, with one line that says why.
 """
 
-import gzip
 import json
 import sys
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, BinaryIO
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from palate import cache_cli, hub_cli, terminal, training_cli, tuning_cli
+from palate import bench_cli, cache_cli, data_cli, hub_cli, judge_cli, terminal, training_cli, tuning_cli
 from palate.errors import DataError
 from palate.version import __version__
 
@@ -26,8 +24,7 @@ if TYPE_CHECKING:
 app = typer.Typer(
     name="palate", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich"
 )
-data_app = typer.Typer(no_args_is_help=True, help="Make data sets.")
-app.add_typer(data_app, name="data")
+app.add_typer(data_cli.app, name="data")
 app.add_typer(cache_cli.app, name="cache")
 
 Rows = Annotated[
@@ -52,7 +49,7 @@ EncoderSpec = Annotated[
 ]
 ITEM_PAIRS = 40  # pairs made of votes are products of two short lists: more of them say little that is new
 
-Seed = Annotated[int, typer.Option(help="Same seed, same result on the same machine.", min=0)]
+Seed = data_cli.Seed
 
 
 def _version(wanted: bool) -> None:
@@ -157,6 +154,8 @@ def fit(
 
 
 app.command("train")(training_cli.train)
+app.command("bench")(bench_cli.bench)
+app.command("judge")(judge_cli.judge)
 app.command("card")(hub_cli.card)
 app.command("push")(hub_cli.push)
 
@@ -331,48 +330,6 @@ def _compare(
         write_report(evaluation, out, quarantined=quarantined, quote_texts=quote_texts)
     terminal.show_evaluation(evaluation)
     terminal.say(f"Report: {out / 'report.html'}")
-
-
-@data_app.command("synthetic")
-def data_synthetic(
-    out: Annotated[
-        Path, typer.Argument(metavar="OUT", help="File of the rows, JSON Lines (.gz is compressed).", show_default=False)
-    ],
-    users: Annotated[int, typer.Option(help="Number of users.", min=1)] = 200,
-    choices: Annotated[int, typer.Option(help="Choices of each user.", min=1)] = 40,
-    groups: Annotated[int, typer.Option(help="Number of groups of taste; 1 is a crowd without groups.", min=1)] = 3,
-    contrarians: Annotated[float, typer.Option(help="Share of users who want the opposite of the crowd.", min=0, max=1)] = 0.0,
-    drift: Annotated[float, typer.Option(help="Share of users who move to another group; needs two groups.", min=0, max=1)] = 0.0,
-    noise: Annotated[float, typer.Option(help="Probability that a choice is flipped.", min=0, max=0.5)] = 0.0,
-    seed: Seed = 0,
-) -> None:
-    """Write generated choices, in English, by users with known tastes."""
-    from palate.data.pairs import Choice
-    from palate.data.rows import as_row
-    from palate.data.synthetic import Population, synthetic
-
-    population = Population(groups=groups, contrarians=contrarians, drift=drift)
-    with terminal.progress("Writing texts and choosing"):
-        pairs = synthetic(users, choices, population=population, noise=noise, seed=seed).pairs
-    partial = out.with_name(out.name + ".partial")
-    with ExitStack() as stack:
-        raw: BinaryIO | gzip.GzipFile = stack.enter_context(partial.open("wb"))
-        if out.suffix == ".gz":  # without name and time: same seed, same bits
-            raw = stack.enter_context(gzip.GzipFile(filename="", mode="wb", fileobj=raw, mtime=0))
-        for i, (chosen, rejected) in enumerate(zip(pairs.chosen.tolist(), pairs.rejected.tolist(), strict=True)):
-            sides = pairs.texts[chosen], pairs.texts[rejected]
-            choice = Choice(
-                user_id=pairs.user_ids[pairs.user_index[i]],
-                prompt=sides[0].prompt,
-                chosen=sides[0].response,
-                rejected=sides[1].response,
-                timestamp=float(pairs.timestamp[i]),
-                conversation_id=pairs.conversation[i],
-            )
-            raw.write(json.dumps(as_row(choice), ensure_ascii=False).encode() + b"\n")
-    partial.replace(out)
-    terminal.note(repr(pairs))
-    terminal.say(str(out))
 
 
 @app.command()

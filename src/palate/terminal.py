@@ -8,8 +8,9 @@ import json
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from rich.console import Console
 from rich.markup import escape
@@ -33,77 +34,41 @@ ENCODER_FILE = "encoder.json"
 UNITS: tuple["By", ...] = ("conversation", "prompt", "item", "pair")
 
 
-def _hierarchical() -> "RewardModel":
-    from palate.models.hierarchical import Hierarchical
+def _made(home: str, **options: object) -> Callable[[], "RewardModel"]:
+    """What makes an unfitted model: `home` is "module:Class" or "module:Class.preset", imported when it is first asked for."""
 
-    return Hierarchical()
+    def make() -> "RewardModel":
+        module, path = home.split(":")
+        kind: Any = import_module(f"palate.models.{module}")
+        for part in path.split("."):
+            kind = getattr(kind, part)
+        model: RewardModel = kind(**options)
+        return model
 
-
-def _bradley_terry() -> "RewardModel":
-    from palate.models.factored import BradleyTerry
-
-    return BradleyTerry()
-
-
-def _reference() -> "RewardModel":
-    from palate.models.reference import Reference
-
-    return Reference()
-
-
-def _lore() -> "RewardModel":
-    from palate.models.factored import LoRe
-
-    return LoRe()
-
-
-def _lore_faithful() -> "RewardModel":
-    from palate.models.factored import LoRe
-
-    return LoRe.faithful()
-
-
-def _mrm() -> "RewardModel":
-    from palate.models.mrm import MRM
-
-    return MRM()
-
-
-def _mrm_faithful() -> "RewardModel":
-    from palate.models.mrm import MRM
-
-    return MRM.faithful()
-
-
-def _pref() -> "RewardModel":
-    from palate.models.pref import PReF
-
-    return PReF()
-
-
-def _pref_faithful() -> "RewardModel":
-    from palate.models.pref import PReF
-
-    return PReF.faithful()
-
-
-def _given_bases() -> "RewardModel":
-    from palate.models.given import GivenBases
-
-    return GivenBases()
+    return make
 
 
 METHODS: Mapping[str, Callable[[], "RewardModel"]] = {
-    "hierarchical": _hierarchical,
-    "bt": _bradley_terry,
-    "lore": _lore,
-    "lore-faithful": _lore_faithful,
-    "pref": _pref,
-    "pref-faithful": _pref_faithful,
-    "mrm": _mrm,
-    "mrm-faithful": _mrm_faithful,
-    "scorers": _given_bases,
-    "reference": _reference,
+    "hierarchical": _made("hierarchical:Hierarchical"),
+    "bt": _made("factored:BradleyTerry"),
+    "lore": _made("factored:LoRe"),
+    "lore-faithful": _made("factored:LoRe.faithful"),
+    "pref": _made("pref:PReF"),
+    "pref-faithful": _made("pref:PReF.faithful"),
+    "mrm": _made("mrm:MRM"),
+    "mrm-faithful": _made("mrm:MRM.faithful"),
+    "pal-a": _made("pal:PAL"),
+    "pal-a-faithful": _made("pal:PAL.faithful"),
+    "pal-b": _made("pal:PAL", by_prompt=True),
+    "pal-b-faithful": _made("pal:PAL.faithful", by_prompt=True),
+    "vpl": _made("vpl:VPL"),
+    "vpl-faithful": _made("vpl:VPL.faithful"),
+    "individual": _made("individual:IndividualBT"),
+    "individual-crowd": _made("individual:IndividualBT", around_crowd=True),
+    "groups": _made("groups:GroupBT"),
+    "neighbours": _made("neighbours:Neighbours"),
+    "scorers": _made("given:GivenBases"),
+    "reference": _made("reference:Reference"),
 }
 
 

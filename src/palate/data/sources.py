@@ -70,7 +70,7 @@ def records(path: Path, file_format: str) -> Iterator[Record]:
     if path.stat().st_size == 0:
         raise DataError(f"{path} is empty; expected rows with {', '.join(REQUIRED)}")
     if file_format == "parquet":
-        return _parquet(path)
+        return parquet_records(path, REQUIRED)
     return _csv(path) if file_format == "csv" else _jsonl(path)
 
 
@@ -240,14 +240,15 @@ def _typed(cells: dict[str, str]) -> dict[str, Any]:
     return row
 
 
-def _parquet(path: Path) -> Iterator[Record]:
+def parquet_records(path: Path, required: Sequence[str]) -> Iterator[Record]:
+    """Records of a Parquet file that has the columns `required`, a batch of rows at a time."""
     try:
         from pyarrow import ArrowException, parquet
     except ImportError as error:
         raise MissingExtraError("reading Parquet needs pyarrow; install it with: pip install 'palate[data]'") from error
     try:
         with parquet.ParquetFile(path) as file:
-            _header(path, list(file.schema_arrow.names), REQUIRED)
+            _header(path, list(file.schema_arrow.names), required)
             number = 0
             for batch in file.iter_batches(batch_size=_BATCH):
                 for row in batch.to_pylist():

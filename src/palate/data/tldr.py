@@ -1,19 +1,30 @@
 """Reddit TL;DR (Stiennon et al. 2020): which of two summaries of a post is better, by workers who each judged many.
 
-The `comparisons` of `openai/summarize_from_feedback` as choices: the user is the worker, the prompt is the post alone.
+The `comparisons` of `openai/summarize_from_feedback` as choices: the user is the worker, the prompt is the post alone (no title,
+no subreddit, no instruction). Three preparations are published, and figures on different ones are not comparable:
+
+| | `load_tldr` | `load_tldr_paper` | `load_tldr_lore` |
+|---|---|---|---|
+| source | MRM (arXiv 2601.18731), its code | LoRe (arXiv 2504.14439), the paper | LoRe, its code |
+| workers | in both parts of the data set | with 50 annotations or more (40 of them) | in both parts, less the two smallest |
+| to learn from | `train` | a random half of all | `train` |
+| tested on | all of `validation` | all of the other half | all of `validation` |
+
+In each of them half of the workers are seen, 150 comparisons (or 100) of a seen worker are learned from, and 50 of an unseen one.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from palate.data.draws import of_user, python_order
+from palate.data.foreign import Source, records_of
 from palate.data.pairs import PairSet
 from palate.data.readers import load_valid_pairs
 from palate.data.validation import ValidationReport
 from palate.errors import DataError
 
-Source = Iterable[Mapping[str, Any]]
 Row = dict[str, Any]
+_COLUMNS = ("info", "summaries", "choice", "worker")
 
 
 def load_tldr(
@@ -28,7 +39,7 @@ def load_tldr(
 
     Args:
         train, validation: rows with `info.post`, `summaries` (two, each with `text`), `choice` (0 or 1) and `worker`: the two
-            parts of the data set, or any iterables of such dicts.
+            parts of the data set as files (JSON Lines or Parquet, one or several) or as any iterables of such dicts.
         seen_limit, unseen_limit: most comparisons to learn from of a seen worker (150 and 100 were published) and of an unseen
             one; None for all.
 
@@ -36,20 +47,99 @@ def load_tldr(
         DataError: a row of another shape, with its number; no worker in both parts; a limit below 1, a negative seed.
     Cost: one pass and a copy of the texts.
     """
+    _check(seed, seen_limit, unseen_limit)
+    return _split(*_in_both(train, validation), seen_limit, unseen_limit, seed)
+
+
+def load_tldr_lore(
+    train: Source, validation: Source, *, seen_limit: int | None = 150, unseen_limit: int | None = 50, seed: int = 0
+) -> tuple[PairSet, ValidationReport]:
+    """The comparisons as LoRe's code prepares them, and the report on rows that were left out.
+
+    Of the workers in both parts the two with the fewest comparisons in `train` are left out (the code says "fewer than 50" and
+    drops two, whatever they have; of equals the later id goes). `train` is learned from, all of `validation` tested. There the
+    workers are shuffled out of an unordered set, so that its draws differ from run to run; here they are those of the seed.
+
+    Arguments, errors and cost as of `load_tldr`; besides, `DataError` where there are not four workers.
+    """
+    _check(seed, seen_limit, unseen_limit)
+    pools, tests = _in_both(train, validation)
+    if len(pools) < 4:
+        raise DataError(f"{len(pools)} workers are in both parts; expected at least 4, of whom the two smallest are left out")
+    kept = sorted(pools, key=lambda worker: (-len(pools[worker]), worker))[:-2]
+    return _split({w: pools[w] for w in kept}, {w: tests[w] for w in kept}, seen_limit, unseen_limit, seed)
+
+
+def load_tldr_paper(
+    *parts: Source,
+    min_annotations: int = 50,
+    seen_limit: int | None = 150,
+    unseen_limit: int | None = 50,
+    seed: int = 0,
+) -> tuple[PairSet, ValidationReport]:
+    """The comparisons as the paper of LoRe describes them, and the report on rows that were left out.
+
+    All parts together; workers with fewer than `min_annotations` are left out (the paper has 40 workers left, with about 4,000
+    comparisons each); a random half of a worker's comparisons, rounded down, is learned from up to the limit, and the other half
+    is tested in full. A post that a worker compared more than once may fall on both sides, as there. The paper names no seed.
+
+    Args:
+        parts: as `train` and `validation` of `load_tldr`; one or more.
+        min_annotations: 50 is published.
+        seen_limit, unseen_limit: as of `load_tldr`.
+
+    Raises:
+        DataError: a row of another shape, with its number; no worker with enough; a limit below 1, a negative seed.
+    """
+    _check(seed, seen_limit, unseen_limit, min_annotations)
+    everything = _of_worker(*((f"part {i}", part) for i, part in enumerate(parts, start=1)))
+    kept = {worker: rows for worker, rows in everything.items() if len(rows) >= max(min_annotations, 2)}
+    if not kept:
+        most = max(map(len, everything.values()), default=0)
+        raise DataError(
+            f"none of {len(everything)} workers has {min_annotations} comparisons (at most {most}); expected the whole data set, "
+            "or lower min_annotations"
+        )
+    pools: dict[str, list[Row]] = {}
+    tests: dict[str, list[Row]] = {}
+    for worker in sorted(kept):
+        # Other draws than those that choose within the limit, or the limit would take the beginning of this order.
+        order = python_order(of_user(seed, f"half of {worker}"), len(kept[worker]))
+        half = len(order) // 2
+        pools[worker] = [kept[worker][i] for i in sorted(order[:half])]
+        tests[worker] = [kept[worker][i] for i in sorted(order[half:])]
+    return _split(pools, tests, seen_limit, unseen_limit, seed)
+
+
+def _check(seed: int, seen_limit: int | None, unseen_limit: int | None, min_annotations: int = 1) -> None:
     limits = seen_limit, unseen_limit
     if seed < 0 or any(limit is not None and limit < 1 for limit in limits):
         raise DataError(f"seed is {seed} and the limits are {limits}; expected 0 or more, and limits of at least 1 or None")
-    parts: list[dict[str, list[Row]]] = [{}, {}]
-    for of_worker, name, source in zip(parts, ("train", "validation"), (train, validation), strict=True):
-        for row in _rows(name, source):
-            of_worker.setdefault(row["user_id"], []).append(row)
-    workers = sorted(parts[0].keys() & parts[1].keys())
+    if min_annotations < 1:
+        raise DataError(f"min_annotations is {min_annotations}; expected at least 1")
+
+
+def _in_both(train: Source, validation: Source) -> tuple[dict[str, list[Row]], dict[str, list[Row]]]:
+    pools, tests = _of_worker(("train", train)), _of_worker(("validation", validation))
+    workers = sorted(pools.keys() & tests.keys())
     if not workers:
-        raise DataError(f"no worker is in both parts (train has {len(parts[0])} workers, validation {len(parts[1])})")
+        raise DataError(f"no worker is in both parts (train has {len(pools)} workers, validation {len(tests)})")
+    return {worker: pools[worker] for worker in workers}, {worker: tests[worker] for worker in workers}
+
+
+def _split(
+    pools: Mapping[str, list[Row]],
+    tests: Mapping[str, list[Row]],
+    seen_limit: int | None,
+    unseen_limit: int | None,
+    seed: int,
+) -> tuple[PairSet, ValidationReport]:
+    """Half of the workers, rounded down, are seen; of each pool a random part within the limit is learned from."""
+    workers = sorted(pools)
     seen = {workers[i] for i in python_order(seed, len(workers))[: len(workers) // 2]}
     rows: list[Row] = []
     for worker in workers:
-        pool, tested = (part[worker] for part in parts)
+        pool, tested = pools[worker], tests[worker]
         names, limit = (("train", "test_seen"), seen_limit) if worker in seen else (("support", "test_unseen"), unseen_limit)
         drawn = python_order(of_user(seed, worker), len(pool))[:limit]
         for name, chosen in zip(names, ([pool[i] for i in sorted(drawn)], tested), strict=True):
@@ -57,9 +147,22 @@ def load_tldr(
     return load_valid_pairs(rows)
 
 
+def _of_worker(*parts: tuple[str, Source]) -> dict[str, list[Row]]:
+    of_worker: dict[str, list[Row]] = {}
+    for name, source in parts:
+        for row in _rows(name, source):
+            of_worker.setdefault(row["user_id"], []).append(row)
+    return of_worker
+
+
 def _rows(part: str, source: Source) -> Iterator[Row]:
-    for number, row in enumerate(source):
+    for number, record in enumerate(records_of(source, _COLUMNS)):
+        if record.blank:
+            continue
+        row: Any = record.row
         try:
+            if not isinstance(row, Mapping):
+                raise TypeError(record.problem.message if record.problem else "no object")
             summaries, choice = [one["text"] for one in row["summaries"]], row["choice"]
             if len(summaries) != 2 or choice not in (0, 1):
                 raise TypeError(f"{len(summaries)} summaries and choice {choice!r}")

@@ -10,8 +10,9 @@ Keys come from the environment and stay there: they are in no message.
 import os
 import threading
 import time
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
@@ -22,7 +23,17 @@ OPENAI = "https://api.openai.com/v1"
 
 
 class EndpointError(PalateError, ConnectionError):
-    """A server that refused, or did not answer within the limits; the message has its words."""
+    """A server that refused, or did not answer within the limits; the message has its words.
+
+    Attributes:
+        status: what it answered at last, such as 401; None where it did not answer.
+    """
+
+    status: int | None = None
+
+
+class StoppedError(PalateError, InterruptedError):
+    """A request that was given up because another one failed for good, or because the caller stopped."""
 
 
 @dataclass(frozen=True)
@@ -88,28 +99,38 @@ class Server:
             DataError: OpenAI's own address without a key.
             MissingExtraError: openai or tenacity is not installed.
         """
-        openai = _openai()
-        key = os.environ.get(self.key_env) or ""
-        if not key and self.url == OPENAI:
-            raise DataError(f"{self.url} asks for a key and the variable {self.key_env} is not set; set it to your key")
-        stop, limits = threading.Event(), self.limits
-        with (
-            openai.OpenAI(api_key=key or "none", base_url=self.url, timeout=limits.timeout, max_retries=0) as client,
-            ThreadPoolExecutor(limits.concurrent) as pool,
-        ):
-            futures = [pool.submit(self._request, client, path, body, key, stop) for body in bodies]
+        stop = threading.Event()
+        with self.connected() as client, ThreadPoolExecutor(self.limits.concurrent) as pool:
+            futures = [pool.submit(self._one_of_all, client, path, body, stop) for body in bodies]
             try:
                 for future in futures:
                     yield future.result()
-            except _Stopped:
+            except StoppedError:
                 failed = [future.exception() for future in futures]
-                raise next(error for error in failed if error and not isinstance(error, _Stopped)) from None
+                raise next(error for error in failed if error and not isinstance(error, StoppedError)) from None
             finally:
                 stop.set()
                 for future in futures:
                     future.cancel()
 
-    def _request(self, client: Any, path: str, body: Mapping[str, Any], key: str, stop: threading.Event) -> str:
+    @contextmanager
+    def connected(self) -> Iterator[Any]:
+        """The client that `request` sends through, for any number of threads at once. Errors as in `ask`."""
+        openai = _openai()
+        if not self._key() and self.url == OPENAI:
+            raise DataError(f"{self.url} asks for a key and the variable {self.key_env} is not set; set it to your key")
+        with openai.OpenAI(
+            api_key=self._key() or "none", base_url=self.url, timeout=self.limits.timeout, max_retries=0
+        ) as client:
+            yield client
+
+    def request(self, client: Any, path: str, body: Mapping[str, Any], stop: threading.Event) -> str:
+        """The answer to one request, with its retries; others are left alone when it fails.
+
+        Raises:
+            EndpointError: the server refused, or did not answer within the limits.
+            StoppedError: `stop` was set before there was an answer.
+        """
         import tenacity
 
         limits = self.limits
@@ -130,29 +151,41 @@ class Server:
         )
         began = time.monotonic()
         try:
-            return tries(self._once, client, path, body, key, stop)
+            return tries(self._once, client, path, body, stop)
         except _Passing as error:
             if stop.is_set():
-                raise _Stopped from None
-            stop.set()
+                raise StoppedError("given up: another request failed for good") from None
             n, seconds = tries.statistics["attempt_number"], time.monotonic() - began
             times = "once" if n == 1 else f"{n} times"
             asked = f"; it asks to wait {error.after:.0f} s" if error.after else ""
-            raise EndpointError(f"{self.url}{path}: {error}; tried {times} in {seconds:.0f} s{asked}.") from None
+            message = f"{self.url}{path}: {error}; tried {times} in {seconds:.0f} s{asked}."
+            raise _failed(message, error.status) from None
 
-    def _once(self, client: Any, path: str, body: Mapping[str, Any], key: str, stop: threading.Event) -> str:
-        openai = _openai()
+    def _one_of_all(self, client: Any, path: str, body: Mapping[str, Any], stop: threading.Event) -> str:
+        try:
+            return self.request(client, path, body, stop)
+        except EndpointError:
+            stop.set()
+            raise
+
+    def _key(self) -> str:
+        return os.environ.get(self.key_env) or ""
+
+    def _once(self, client: Any, path: str, body: Mapping[str, Any], stop: threading.Event) -> str:
+        openai, key = _openai(), self._key()
         self._pace.wait(self.limits.per_second, stop)
         if stop.is_set():
-            raise _Stopped
+            raise StoppedError("given up: another request failed for good")
         try:
             answer: str = client.post(path, body=body, cast_to=str)
         except openai.APIStatusError as error:
             words = _said(error.response.text, key)
             if error.status_code in (408, 409, 425, 429) or error.status_code >= 500:
-                raise _Passing(f"it answered {error.status_code}: {words}", _retry_after(error.response.headers)) from None
-            stop.set()
-            raise EndpointError(f"{self.url}{path} refused the request with {error.status_code}: {words}.") from None
+                raise _Passing(
+                    f"it answered {error.status_code}: {words}", _retry_after(error.response.headers), error.status_code
+                ) from None
+            message = f"{self.url}{path} refused the request with {error.status_code}: {words}."
+            raise _failed(message, error.status_code) from None
         except openai.APITimeoutError:
             raise _Passing(f"no answer within {self.limits.timeout:g} s", 0.0) from None
         except openai.APIConnectionError as error:
@@ -163,13 +196,15 @@ class Server:
 class _Passing(Exception):
     """A failure that may pass; `after` is how many seconds the server asks to wait."""
 
-    def __init__(self, what: str, after: float):
+    def __init__(self, what: str, after: float, status: int | None = None):
         super().__init__(what)
-        self.after = after
+        self.after, self.status = after, status
 
 
-class _Stopped(Exception):
-    """A request that was given up because another one failed for good."""
+def _failed(message: str, status: int | None) -> EndpointError:
+    error = EndpointError(message)  # an OSError takes its meaning from the number of its arguments, so the status is no argument
+    error.status = status
+    return error
 
 
 class _Pace:

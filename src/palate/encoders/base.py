@@ -57,7 +57,7 @@ class Encoder(ABC):
             pairs: at least one choice.
             unit: (P,) labels of what must not be split; by default the conversation of a choice, its prompt where it has none,
                 and the pair of texts where most users answered one prompt only: by prompt they could not be split at all.
-            prompts: also encode every prompt with an empty response, for the methods that read e(prompt) (`PAL.b`).
+            prompts: also encode every prompt with an empty response, for the methods that read e(prompt) (`PAL(by_prompt=True)`).
 
         Raises:
             DataError: no choices, or a `unit` of the wrong length.

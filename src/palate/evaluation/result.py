@@ -33,7 +33,7 @@ _TYPES: Mapping[str, Any] = {
     **{"fit_seconds": np.float64, "adapt_seconds": np.float64, "auc": np.float64, "n_ties": np.int64},
 }
 COLUMNS = tuple(_TYPES)
-_OPTIONAL = ("fit_seconds", "adapt_seconds")  # NaN in a column, null in a file: not measured
+_OPTIONAL = ("log_loss", "fit_seconds", "adapt_seconds")  # NaN in a column, null in a file: not measured
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,8 +42,8 @@ class Evaluation:
 
     Attributes:
         columns: `COLUMNS` by name, equally long. `shots` is -1 where all choices were used (None in `rows` and files),
-            `fit_seconds` is NaN where nothing was fitted; `fit_seconds` and `adapt_seconds` are of the whole fit and of the one
-            batched adaptation of the cohort, repeated in each of its rows.
+            `fit_seconds` is NaN where nothing was fitted, `log_loss` where no probability was stated; `fit_seconds` and
+            `adapt_seconds` are of the whole fit and of the one batched adaptation of the cohort, repeated in each of its rows.
         runs, cells, splits, failures: what is not about one user (see `palate.evaluation.facts`).
         mispredicted: the surest wrong predictions, as row numbers of `pairs`; never saved.
         pairs: the texts, for reports that may quote them; never saved.
@@ -142,7 +142,7 @@ class Evaluation:
         return replace(self, columns={name: column[mask] for name, column in self.columns.items()})
 
     def rows(self) -> Iterator[dict[str, Any]]:
-        """One JSON-able mapping per row: `shots` None is all, seconds None are not measured."""
+        """One JSON-able mapping per row: `shots` None is all; seconds and log loss None are not measured."""
         for row in zip(*(self.columns[name].tolist() for name in COLUMNS), strict=True):
             out = dict(zip(COLUMNS, row, strict=True))
             out["shots"] = None if out["shots"] == ALL else out["shots"]
@@ -216,7 +216,7 @@ class Evaluation:
                 | {"n_seeds": len(seeds), "n_users": float(np.mean([len(part["user"]) for part in seeds]))}
                 | {"n_support": float(np.mean([part["n_support"].mean() for part in seeds]))}
                 | {"accuracy": float(accuracy.mean()), "accuracy_std": float(accuracy.std(ddof=1)) if len(seeds) > 1 else None}
-                | {name: float(np.mean([part[name].mean() for part in seeds])) for name in ("log_loss", "auc")}
+                | {"auc": float(np.mean([part["auc"].mean() for part in seeds]))}
                 | {f"worst_{round(100 * q)}": value for q, value in zip(WORST, tail, strict=True)}
                 | {f"floor_{round(100 * q)}": value for q, value in zip(WORST, floor, strict=True)}
                 | {"n_parameters": round(float(np.mean([part["n_parameters"].mean() for part in seeds])))}
@@ -345,11 +345,13 @@ class Evaluation:
                 seeds.append(bootstrap.Seed(ids, mine, None if baseline is None else np.asarray([against[u] for u in users])))
         if not seeds:
             raise DataError(f"no {cohort} user was tested with {method} and {baseline} (method, shots); tested: {self!r}")
+        if any(np.isnan(values).any() for part in seeds for values in part[1:] if values is not None):
+            raise DataError(f"{metric} of {method} and {baseline} (method, shots) was not measured: one states no probabilities")
         return bootstrap.interval(seeds, statistic, seed=seed)
 
 
-def _measured(seconds: Sequence[float]) -> float | None:
-    known = [value for value in seconds if not np.isnan(value)]
+def _measured(values: Sequence[float]) -> float | None:
+    known = [value for value in values if not np.isnan(value)]
     return float(np.mean(known)) if known else None
 
 

@@ -8,7 +8,7 @@ is adapted from their own choices.
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, Self, runtime_checkable
@@ -103,6 +103,10 @@ class RewardModel(nn.Module):
         raise DataError(f"{type(self).__name__} does not say how choices become weights")
 
     # -- what follows from it
+
+    def expected(self, users: Sequence[str]) -> Tensor:
+        """(U, K) the weights of users without choices: the crowd's, unless the model knows something else of them."""
+        return self.crowd_weights.expand(len(users), -1)
 
     def score(self, features: Tensor, weights: Tensor) -> Tensor:
         """(N, F), (N, K) or (K,) -> (N,): the reward in natural log-odds (differences of it are margins). O(N K)."""

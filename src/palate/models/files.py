@@ -39,7 +39,27 @@ KINDS = {
     "BradleyTerry": Kind("palate.models.factored", {"direction": "D"}),
     "LoRe": Kind("palate.models.factored", {"bases": "DK", "mean_weights": "K"}),
     "MRM": Kind("palate.models.mrm", {"direction": "D", "bases": "DF", "hidden": "H", "start": "K", "spread": "S"}),
+    "PAL": Kind(
+        "palate.models.pal",
+        {
+            **{"direction": "D", "entry": "DF", "rest": "H", "prompt_entry": "DG", "prompt_rest": "J", "prototypes": "PE"},
+            **{"mean_weights": "K", "scale": "", "concentration": ""},
+        },
+    ),
     "PReF": Kind("palate.models.pref", {"direction": "D", "bases": "DK", "mean": "K", "factor": "LL"}),
+    "VPL": Kind("palate.models.vpl", {"direction": "D", "first": "DF", "bias": "B", "rest": "R", "spread": "K"}),
+    "IndividualBT": Kind("palate.models.individual", {"direction": "D", "scale": "D"}),
+    "GroupBT": Kind("palate.models.groups", {"rewards": "DG", "share": "G"}),
+    "Neighbours": Kind("palate.models.neighbours", {"rewards": "DK", "nearest": "", "sharpness": ""}),
+    "AttributePrior": Kind(
+        "palate.models.attribute_prior",
+        {
+            **{"direction": "D", "bases": "DK"},
+            **{"frequencies": "DM", "phases": "M", "amplitudes": "M"},
+            **{"share": "T", "means": "TK", "factors": "TKK"},
+            **{"effect": "EA", "rest": "EE", "centre": "A", "size": "A"},  # E is K, or 0 where attributes say nothing
+        },
+    ),
     "Reference": Kind("palate.models.reference", {"direction": "D", "bias": ""}),
     "GivenBases": Kind(
         "palate.models.given",

@@ -16,12 +16,22 @@ LABELS: Mapping[str, str] = {
     "hierarchical": "Hierarchical",
     "lore": "LoRe",
     "lore-faithful": "LoRe (as published)",
+    "groups": "Bradley-Terry of groups",
+    "individual": "Bradley-Terry of each user alone",
+    "individual-crowd": "Bradley-Terry of each user, from the crowd's",
     "mrm": "MRM",
     "mrm-faithful": "MRM (as published)",
+    "neighbours": "Nearest neighbours",
+    "pal-a": "PAL-A",
+    "pal-a-faithful": "PAL-A (as published)",
+    "pal-b": "PAL-B",
+    "pal-b-faithful": "PAL-B (as published)",
     "pref": "PReF",
     "pref-faithful": "PReF (as published)",
     "reference": "The encoder's own head",
     "scorers": "Given scorers",
+    "vpl": "VPL",
+    "vpl-faithful": "VPL (as published)",
 }
 FEW_USERS, FEW_SEEDS = 30, 10
 _TITLES = {"unseen": "Users the model has never met", "seen": "Users it was fitted on, on choices held out"}
@@ -190,7 +200,7 @@ def _tables(evaluation: Evaluation, subject: str, baseline: str, rows: Rows) -> 
             if row is not None:
                 accuracy, tail = (versus(method, cohort, shots, metric) for _, metric in _PAIRED)
                 cells = [percent(row["accuracy"]), accuracy, percent(row["worst_10"]), tail]
-                cells += [percent(row["floor_10"]), f"{row['log_loss']:.3f}"]
+                cells += [percent(row["floor_10"]), "not measured" if row["log_loss"] is None else f"{row['log_loss']:.3f}"]
             body.append((label(method), *cells))
         columns = ("Method", "Accuracy", "Difference", "Worst decile", "Difference", "Luck alone", "Log loss")
         tables.append(Table(_TITLES.get(cohort, cohort), _READ.format(baseline=label(baseline)), columns, tuple(body), strong))

@@ -1,0 +1,251 @@
+"""The data sets of the benchmark and how each is prepared: who takes part, how people's choices are halved, what is made up.
+
+| name | users | halves of a user | at most | encoder, unless told |
+|---|---|---|---|---|
+| polis | 20 votes, 4 of either kind | statements | 40 + 40 pairs | items |
+| convarg | 20 strict choices | pairs, ties left out | 60 + 100 pairs | minilm |
+| prism | 4 prompts | prompts, ties left out | | minilm+style |
+| attributes | 84, of whom 24 unseen | 40 answers learnt from, 200 pairs tested on | | vectors |
+| personalllm | 200 + 200 Dirichlet mixtures of ten scorers | 45 or 9 prompts, 200 tested on | | vectors |
+| two-groups, one-crowd | 200 + 200 | 30 + 50 pairs | | vectors |
+
+Half of the users of the first three are unseen. The others are drawn anew for every seed.
+"""
+
+import hashlib
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from itertools import pairwise
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from palate.data.attributes import attributes, judged
+from palate.data.leaks import check_leaks
+from palate.data.pairs import EmbeddedPairs, PairSet
+from palate.data.planted import Planted, one_crowd, simplex_types, two_groups
+from palate.data.readers import load_valid_pairs
+from palate.data.splits import SIDES, By, Split, split, unit_labels
+from palate.encoders import Encoder
+from palate.errors import DataError
+
+ANSWERS = 40  # of an unseen attribute user: what the published experiments ask for at most
+
+
+class Draw(NamedTuple):
+    """What one seed of a data set is: choices, every one of which is on a side of the split."""
+
+    data: EmbeddedPairs
+    parts: Split
+
+
+class Source(Protocol):
+    """A data set: `draw` may be asked for seeds in any order, and the same seed is the same draw, bit for bit.
+
+    Attributes:
+        label: under which its rows are filed.
+        origin: a digest of what is drawn from: two sources of one label that differ in it are different data.
+    """
+
+    @property
+    def label(self) -> str: ...
+
+    @property
+    def origin(self) -> str: ...
+
+    def draw(self, seed: int, *, prompts: bool = False) -> Draw:
+        """`prompts`: with e(prompt), where there are texts. Raises what `palate.split` and `check_leaks` raise."""
+        ...
+
+
+# -- choices in text
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a published data set is prepared: whose choices count, what a user's two sides must not share, and how many pairs."""
+
+    keep: Callable[[PairSet], PairSet]
+    by: By
+    max_support: int | None
+    max_test: int | None
+    encoder: str  # unless told
+
+
+def of_busy_users(pairs: PairSet, least: int, label: NDArray[np.int64] | None = None) -> PairSet:
+    """The choices of users with at least `least` of them, or, with a `label` (P,) each, with so many distinct labels."""
+    user = pairs.user_index
+    if label is not None:
+        user = np.unique(np.stack([user, label]), axis=1)[0]
+    return pairs[(np.bincount(user, minlength=len(pairs.user_ids)) >= least)[pairs.user_index]]
+
+
+def _strict(pairs: PairSet, least: int) -> PairSet:
+    return of_busy_users(pairs[~pairs.tie], least)
+
+
+def _strict_by_prompt(pairs: PairSet, least: int) -> PairSet:
+    strict = pairs[~pairs.tie]
+    return of_busy_users(strict, least, strict.prompt_index)
+
+
+RECIPES: Mapping[str, Recipe] = {
+    "polis": Recipe(lambda pairs: pairs, "item", 40, 40, "items"),
+    "convarg": Recipe(partial(_strict, least=20), "pair", 60, 100, "minilm"),
+    "prism": Recipe(partial(_strict_by_prompt, least=4), "prompt", None, None, "minilm+style"),
+}
+
+
+class Texts:
+    """Choices in text, prepared by a recipe and embedded once."""
+
+    def __init__(self, name: str, pairs: PairSet, recipe: Recipe, encoder: Encoder):
+        self.name, self.pairs, self.recipe, self.encoder = name, recipe.keep(pairs), recipe, encoder
+        if not len(self.pairs):
+            raise DataError(f"{name}: none of the users has enough choices for the benchmark; docs/bench.md says what it takes")
+        self._embedded: dict[bool, EmbeddedPairs] = {}
+
+    @property
+    def label(self) -> str:
+        return f"{self.name}, {self.encoder.spec}"
+
+    @cached_property
+    def origin(self) -> str:
+        recipe = (self.recipe.by, self.recipe.max_support, self.recipe.max_test)
+        return hashlib.sha256(f"{self.pairs.fingerprint()} {recipe} {self.encoder.fingerprint}".encode()).hexdigest()[:32]
+
+    def draw(self, seed: int, *, prompts: bool = False) -> Draw:
+        recipe = self.recipe
+        if prompts not in self._embedded:
+            # With items the unit that fits hold out is the pair, as in `palate.compare`.
+            unit = unit_labels(self.pairs, "pair" if recipe.by == "item" else recipe.by)
+            self._embedded[prompts] = self.encoder.embed(self.pairs, unit=unit, prompts=prompts)
+        parts = split(self.pairs, by=recipe.by, max_support=recipe.max_support, max_test=recipe.max_test, seed=seed)
+        check_leaks(self.pairs, parts, by=recipe.by)
+        return only(self._embedded[prompts], parts)
+
+
+def only(data: EmbeddedPairs, parts: Split) -> Draw:
+    """The choices that are on a side, in their order, and the split of these."""
+    rows = np.sort(np.concatenate([getattr(parts, side) for side in SIDES]))
+    sides = {side: np.searchsorted(rows, getattr(parts, side)) for side in SIDES}
+    return Draw(data[torch.from_numpy(rows)], replace(parts, **sides))
+
+
+# -- planted worlds
+
+
+@dataclass(frozen=True)
+class World:
+    """A population that is drawn anew for every seed; there are no texts, so a method that reads prompts fails on it."""
+
+    label: str
+    make: Callable[[int], tuple[EmbeddedPairs, Split]]
+
+    @property
+    def origin(self) -> str:
+        """The label: what is drawn is in the digest of the draw."""
+        return self.label
+
+    def draw(self, seed: int, *, prompts: bool = False) -> Draw:
+        return Draw(*self.make(seed))
+
+
+def one_table(world: Planted, n_answers: int) -> tuple[EmbeddedPairs, Split]:
+    """The four sets of a planted world as one data set, and the split that tells them apart; a prompt is `n_answers` rows."""
+    sets = (world.train, world.test_seen, world.support, world.test_unseen)
+    stops = np.cumsum([0] + [len(part) for part in sets])
+    rows = [np.arange(a, b) for a, b in pairwise(stops)]
+    chosen, rejected = (torch.cat([getattr(part, name) for part in sets]) for name in ("chosen", "rejected"))
+    unit = chosen // n_answers  # the prompt: the sets number their own units each from 0
+    users = np.concatenate([part.users for part in sets])
+    data = EmbeddedPairs(world.train.embeddings, chosen, rejected, users, unit=unit)
+    return data, Split(rows[0], rows[1], rows[2], rows[3], "unit", None, {}, {})
+
+
+def personalllm(alpha: float, seed: int) -> Planted:
+    """The simulation that the project reports: `planted.simplex_types` with 200 test prompts."""
+    return simplex_types(alpha, seed, n_test_prompts=200)
+
+
+def attribute_choices(seed: int) -> tuple[EmbeddedPairs, Split]:
+    """The 84 attribute users: answers of the 60 seen ones to the common training pairs, `ANSWERS` of every unseen one to pairs of
+    a pool of their own, and everybody's to 200 test pairs. All answers are the judge's, in both orders; two different ones are a
+    tie, as published, which is learnt from and not tested on.
+    """
+    world = attributes(seed)
+    rng = np.random.default_rng([seed, 84])
+    seen, unseen = ([wish.name for wish in wishes] for wishes in (world.seen, world.unseen))
+    asked = np.argsort(rng.random((len(unseen), len(world.pool))), axis=1)[:, :ANSWERS]
+    of_pool = np.take_along_axis(world.margins(world.pool).double().numpy(), asked, axis=1)
+    pool, test = world.pool.numpy(), world.test.numpy()
+    everything = np.tile(np.arange(len(test)), (len(seen), 1)), np.tile(np.arange(len(test)), (len(unseen), 1))
+    tested = [world.margins(world.test, weights).double().numpy() for weights in (world.weights_seen, world.weights_unseen)]
+    sets = [
+        (seen, test[everything[0]], judged(tested[0], rng)),
+        (unseen, pool[asked], judged(of_pool, rng)),
+        (unseen, test[everything[1]], judged(tested[1], rng)),
+    ]
+    chosen, rejected, users, tie = ([column] for column in _columns(world.train))
+    for names, sides, answer in sets:
+        left, right = sides[..., 0].ravel(), sides[..., 1].ravel()
+        lost = answer.ravel() == 0
+        chosen.append(np.where(lost, right, left))
+        rejected.append(np.where(lost, left, right))
+        users.append(np.repeat(np.asarray(names, dtype=object), sides.shape[1]))
+        tie.append(answer.ravel() == 0.5)
+    rows = [np.arange(a, b) for a, b in pairwise(np.cumsum([0] + [len(part) for part in chosen]))]
+    both = np.concatenate(chosen), np.concatenate(rejected)
+    # Two rows of the table are a question, and no text is in two of them.
+    unit = np.minimum(*both) // 2
+    data = EmbeddedPairs(world.embeddings, *both, np.concatenate(users), tie=np.concatenate(tie), unit=unit)
+    return data, Split(rows[0], rows[1], rows[2], rows[3], "unit", None, {}, {})
+
+
+def _columns(pairs: EmbeddedPairs) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.object_], NDArray[np.bool_]]:
+    return pairs.chosen.numpy(), pairs.rejected.numpy(), pairs.users, pairs.tie.numpy()
+
+
+WORLDS: Mapping[str, World] = {
+    "attributes": World("attributes", attribute_choices),
+    "two-groups": World("two groups", lambda seed: one_table(two_groups(seed), 2)),
+    "one-crowd": World("one crowd", lambda seed: one_table(one_crowd(seed), 2)),
+}
+_KNOWN = ", ".join([*(f"{name}=PATH" for name in RECIPES), *WORLDS, "personalllm:alpha=A"])
+
+
+def source(text: str, encoder: Callable[[str], Encoder]) -> Source:
+    """The data set that a text names: `polis=FOLDER`, `prism=ROWS,encoder=minilm+style`, `attributes`, `personalllm:alpha=.01`.
+
+    `encoder` makes the encoder that a spec names. Reading a file takes seconds; nothing is embedded before the first draw.
+
+    Raises:
+        DataError: a name that is not known, or a file without choices.
+        OSError: the file cannot be read.
+    """
+    name, given, rest = text.partition("=")
+    if text in WORLDS:
+        return WORLDS[text]
+    if name == "personalllm:alpha":
+        alpha = _number(rest, text)
+        return World(f"personalllm, alpha {alpha:g}", lambda seed: one_table(personalllm(alpha, seed), 8))
+    path, _, spec = rest.partition(",encoder=")
+    if name not in RECIPES or not given or not path:
+        raise DataError(f"--data is {text!r}; expected one of {_KNOWN}, a PATH with ,encoder=SPEC behind it where you wish")
+    recipe = RECIPES[name]
+    return Texts(name, load_valid_pairs(Path(path))[0], recipe, encoder(spec or recipe.encoder))
+
+
+def _number(given: str, text: str) -> float:
+    try:
+        value = float(given)
+    except ValueError:
+        value = math.nan
+    if not (math.isfinite(value) and value > 0):
+        raise DataError(f"--data is {text!r}; expected a number above 0 for alpha, such as personalllm:alpha=.001")
+    return value

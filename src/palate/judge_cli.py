@@ -1,0 +1,262 @@
+"""`palate judge`: a judge that reads text, held to the same users and choices as `palate compare` holds models to.
+
+DIR/results.jsonl     rows per user, as `palate compare` writes them (and results.facts.json)
+DIR/verdicts.jsonl    every verdict with what the judge wrote in both orders
+DIR/briefs.jsonl      what it was shown of every user; to be edited and given back with --briefs
+DIR/answers           every answer of the server, so that the same command goes on where it was stopped
+"""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
+
+import typer
+
+from palate import cache_cli, terminal
+from palate.errors import DataError
+
+if TYPE_CHECKING:
+    from palate.data.pairs import PairSet
+    from palate.data.splits import By, Split
+    from palate.judges.base import Brief, Judge
+    from palate.judges.client import Chat
+    from palate.judges.judging import Judged
+    from palate.judges.ledger import Prices
+    from palate.judges.memory import Memory
+
+METHODS = ("in-context", "reasoning", "synthesize-me", "plus")
+REMEMBERS = ("in-context", "reasoning")
+USUAL_MEMORY = "recent:5"
+
+Rows = Annotated[
+    Path,
+    typer.Argument(metavar="ROWS", help="Choices, as `palate compare` takes them.", show_default=False),
+]
+
+
+class Asked(NamedTuple):
+    """What the options say about the judge."""
+
+    method: str
+    memory: str | None
+    answer: str
+    samples: int
+    temperature: float
+    encoder: str
+    seed: int
+
+
+def judge(
+    rows: Rows,
+    base_url: Annotated[
+        str, typer.Option("--base-url", metavar="URL", help="Any OpenAI-compatible server, such as http://localhost:8000/v1.")
+    ],
+    model: Annotated[str, typer.Option("--model", metavar="NAME", help="What the server calls the model.")],
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder of the results; the same one goes on.")],
+    method: Annotated[str, typer.Option("--method", help=f"One of {', '.join(METHODS)}.")] = "in-context",
+    memory: Annotated[
+        str | None,
+        typer.Option(
+            metavar="KIND",
+            help="What in-context and reasoning are shown of a user: recent:5 (the last choices, the default), similar:5 (those "
+            "with the most similar prompts, by --encoder), or summary (in words, written by the model).",
+        ),
+    ] = None,
+    answer: Annotated[str, typer.Option(help="Of reasoning: scores (1 to 10 for each) or percent (a probability).")] = "scores",
+    samples: Annotated[int, typer.Option(help="Answers to each order of each question; their mean counts.", min=1)] = 1,
+    temperature: Annotated[float, typer.Option(help="Above 0 for more than one sample.", min=0)] = 0.0,
+    encoder: Annotated[str, typer.Option("--encoder", metavar="SPEC", help="For similar:N and plus.")] = "minilm",
+    briefs: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Use these briefs, from another run, another model or an editor, instead of studying."),
+    ] = None,
+    by: Annotated[
+        str | None,
+        typer.Option(help="What a user's two sides must not share: conversation, prompt, item or pair; by default as compare."),
+    ] = None,
+    max_support: Annotated[int | None, typer.Option(help="At most so many choices to study, a user.", min=0)] = None,
+    max_test: Annotated[int | None, typer.Option(help="At most so many choices to judge, a user.", min=1)] = None,
+    max_calls: Annotated[int | None, typer.Option(help="Stop after so many requests, with what there is.", min=0)] = None,
+    max_tokens: Annotated[int | None, typer.Option(help="Stop at about so many tokens, with what there is.", min=0)] = None,
+    price: Annotated[
+        str | None, typer.Option(metavar="IN,OUT", help="Money for a million tokens of prompts and of answers, to say the cost.")
+    ] = None,
+    limit_field: Annotated[
+        str, typer.Option(help="What the server calls the limit of an answer: max_tokens or max_completion_tokens.")
+    ] = "max_tokens",
+    fields: Annotated[
+        str | None,
+        typer.Option(metavar="JSON", help='Further fields of every request, such as \'{"reasoning_effort": "low"}\'.'),
+    ] = None,
+    key_env: Annotated[str, typer.Option(help="The environment variable that holds the key.")] = "OPENAI_API_KEY",
+    workers: Annotated[int, typer.Option(help="Requests at once.", min=1)] = 8,
+    seed: Annotated[int, typer.Option(help="Of the split, and sent with every request.", min=0)] = 0,
+) -> None:
+    """Let a language model say which response each unseen user would choose, and measure it.
+
+    Every question is asked in both orders. Stopped, by a kill or a budget, the same command goes on with what is missing.
+    Exit code 1: some questions were not judged; the results are of the others.
+    """
+    from palate.judges.base import load_briefs, save_briefs
+    from palate.judges.client import Chat
+    from palate.judges.judging import judged
+    from palate.judges.ledger import Ledger
+
+    asked = Asked(terminal.one_of(method, METHODS, "--method"), memory, answer, samples, temperature, encoder, seed)
+    prices = _prices(price)
+    known = None if briefs is None else load_briefs(briefs)
+    pairs, _ = terminal.read_choices(rows)
+    parts = _split(pairs, by, max_support, max_test, seed)
+    account = Ledger(max_calls=max_calls, max_tokens=max_tokens)
+    limits: tuple[Literal["max_tokens", "max_completion_tokens"], ...] = ("max_tokens", "max_completion_tokens")
+    chat = Chat(
+        model,
+        base_url=base_url,
+        key_env=key_env,
+        cache=out / "answers",
+        workers=workers,
+        ledger=account,
+        limit_field=terminal.one_of(limit_field, limits, "--limit-field"),
+        fields=_fields(fields),
+    )
+    test = pairs[parts.test_unseen]
+    judge_ = _judge(asked, chat, pairs[parts.train], by, known)
+    out.mkdir(parents=True, exist_ok=True)
+    terminal.note(f"{len(test)} choices of {len(test.user_ids)} unseen users, judged by {model} ({method})")
+    with terminal.progress("Studying and judging"):
+        found = judged(
+            judge_,
+            pairs[parts.support],
+            test,
+            briefs=known,
+            seed=seed,
+            method=method,
+            data_set=rows.resolve().name,
+            ledger=account,
+        )
+    save_briefs(found.briefs, out / "briefs.jsonl")
+    _save_verdicts(found, test, parts, out / "verdicts.jsonl")
+    found.evaluation.save(out / "results.jsonl")
+    _show(found, method)
+    counts = account.as_dict()
+    terminal.note(", ".join(f"{name.replace('_', ' ')} {value}" for name, value in counts.items()))
+    if prices is not None:
+        terminal.note(f"cost {account.cost(prices):.4f}")
+    if found.not_judged:
+        terminal.note(found.evaluation.failures[0].message)
+        raise typer.Exit(1)
+
+
+def _prices(text: str | None) -> "Prices | None":
+    from palate.judges.ledger import Prices
+
+    if text is None:
+        return None
+    try:
+        prompt, completion = (float(part) for part in text.split(","))
+    except ValueError as error:
+        raise DataError(f"--price is {text!r}; expected two numbers, such as 0.15,0.60") from error
+    return Prices(prompt, completion)
+
+
+def _fields(text: str | None) -> dict[str, Any] | None:
+    try:
+        found = None if text is None else json.loads(text)
+    except ValueError:
+        found = text
+    if not isinstance(found, dict | None):
+        raise DataError(f'--fields is {text!r}; expected a JSON object, such as {{"reasoning_effort": "low"}}')
+    return found
+
+
+def _split(pairs: "PairSet", by: str | None, max_support: int | None, max_test: int | None, seed: int) -> "Split":
+    from palate.data.splits import given_split, split
+    from palate.encoders.base import usual_unit
+
+    if by is None and any(label is not None for label in pairs.split):
+        return given_split(pairs)
+    unit = usual_unit(pairs) if by is None else terminal.one_of(by, terminal.UNITS, "--by")
+    return split(pairs, by=unit, max_support=max_support, max_test=max_test, seed=seed)
+
+
+def _judge(asked: Asked, chat: "Chat", train: "PairSet", by: str | None, briefs: "dict[str, Brief] | None") -> "Judge":
+    from palate.judges.choosing import InContext
+    from palate.judges.reasoning import Reasoning
+
+    if asked.method not in REMEMBERS:
+        if asked.memory is not None:
+            raise DataError(
+                f"--memory {asked.memory} is of {' and '.join(REMEMBERS)}; {asked.method} keeps its own, leave it out"
+            )
+        return _own_memory(asked, chat, train, by)
+    memory = _memory(asked, chat, briefs)
+    samples, temperature, seed = asked.samples, asked.temperature, asked.seed
+    if asked.method == "in-context":
+        return InContext(chat, memory=memory, samples=samples, temperature=temperature, seed=seed)
+    answers: tuple[Literal["scores", "percent"], ...] = ("scores", "percent")
+    answer = terminal.one_of(asked.answer, answers, "--answer")
+    return Reasoning(chat, memory=memory, answer=answer, samples=samples, temperature=temperature, seed=seed)
+
+
+def _memory(asked: Asked, chat: "Chat", briefs: "dict[str, Brief] | None") -> "Memory":
+    from palate.judges.memory import Abstract, Raw
+    from palate.judges.plus import Summaries
+
+    kind, _, number = (asked.memory or USUAL_MEMORY).partition(":")
+    if kind == "summary" and not number:
+        return Abstract(Summaries(chat, seed=asked.seed) if briefs is None else None)
+    if kind not in ("recent", "similar") or not number.isdecimal():
+        raise DataError(f"--memory is {asked.memory!r}; expected recent:N, similar:N or summary")
+    if kind == "recent":
+        return Raw(int(number))
+    return Raw(int(number), by="similar", encoder=cache_cli.encoder(asked.encoder))
+
+
+def _own_memory(asked: Asked, chat: "Chat", train: "PairSet", by: str | None) -> "Judge":
+    from palate.judges.plus import Summaries
+    from palate.judges.reward import PlusReward
+    from palate.judges.synthesize import SynthesizeMe
+
+    if asked.method == "synthesize-me":
+        return SynthesizeMe(chat, temperature=asked.temperature, seed=asked.seed)
+    writer = Summaries(chat, seed=asked.seed)
+    told, held = _halves(train, by, asked.seed)
+    with terminal.progress("Summing up the seen users"):
+        summaries = writer.study(told)
+    with terminal.progress("Fitting the reward"):
+        reward = PlusReward.fit(held, cache_cli.encoder(asked.encoder), summaries, seed=asked.seed)
+    reward.writer = writer
+    return reward
+
+
+def _halves(train: "PairSet", by: str | None, seed: int) -> "tuple[PairSet, PairSet]":
+    """Of the seen users' choices, those that are summed up and those that the reward is fitted on: no summary saw its answer."""
+    from palate.data.splits import split
+    from palate.encoders.base import usual_unit
+
+    unit: By = usual_unit(train) if by is None else terminal.one_of(by, terminal.UNITS, "--by")
+    parts = split(train, by=unit, unseen=0.0, seed=seed)
+    return train[parts.train], train[parts.test_seen]
+
+
+def _save_verdicts(found: "Judged", test: "PairSet", parts: "Split", path: Path) -> None:
+    lines = []
+    for row, (user, verdict) in enumerate(zip(test.users.tolist(), found.verdicts, strict=True)):
+        if verdict is None:
+            continue
+        answers = [answer._asdict() for answer in verdict.answers]
+        about = {"row": int(parts.test_unseen[row]), "user_id": user, "p_chosen": verdict.p_first, "reason": verdict.reason}
+        lines.append(json.dumps(about | {"thought": verdict.thought, "answers": answers}, ensure_ascii=False))
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8", errors="replace")
+    partial.replace(path)
+
+
+def _show(found: "Judged", method: str) -> None:
+    estimate = found.evaluation.interval(method)
+    place = found.place
+    shares = [f"{value:.3f}" if value is not None else "\N{EN DASH}" for value in (place.first_share, place.agreement)]
+    row = [method, estimate.n_users, f"{estimate.value:.3f}", f"{estimate.low:.3f} to {estimate.high:.3f}", *shares]
+    unread = sum(n for outcome, n in found.outcomes.items() if outcome != "answered")
+    columns = ("Judge", "Users", "Accuracy", "95 %", "For the first shown", "Orders agree", "Answers without a verdict")
+    terminal.show(terminal.table("", columns, [[*row, unread]]))

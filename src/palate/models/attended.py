@@ -1,0 +1,199 @@
+"""VPL as published (arXiv 2408.10075), on frozen features: an attending encoder of pairs, and a reward that reads z.
+
+    u_j = MLP(e(chosen_j), e(rejected_j))                        2 D -> H -> H -> K, leaky below zero by .2
+    a_j = sum_l softmax_l(q(u_j) . k(u_l) / sqrt(K)) v(u_l)      one head, no residual, no norm
+    mean = clamp(A mean_j a_j), log variance = clamp(B mean_j a_j)      to [-1, 1]
+    z = sqrt(K) s / |s|, s = mean + exp(log variance / 2) noise, in training; z = mean in use
+    r(e, z) = MLP(e, z)                                          D + K -> H -> H -> 1
+
+What is as wide as the embeddings, the first layers of both networks, is applied once to each text.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import leaky_relu
+
+from palate import likelihood
+from palate.data.pairs import EmbeddedPairs
+from palate.errors import DataError
+from palate.models.variational import SLOPE, Numbers, active_units
+
+PERIOD = 10**4  # of the annealing, in steps
+BATCH, WARMUP, DECAY = 32, 0.03, 1e-3
+
+
+@dataclass(frozen=True)
+class Published:
+    """The arguments of `VPL.faithful`."""
+
+    latent: int
+    hidden: int
+    kl: float
+    rate: float
+    epochs: int
+    copies: int
+    contexts: tuple[int, int]
+
+
+def sizes(way: Published) -> dict[str, tuple[int, ...]]:
+    """Shapes of all numbers after the first layers, whose biases they begin with."""
+    h, k = way.hidden, way.latent
+    layers = {"pair2": (h, h), "pair3": (h, k), "query": (k, k), "key": (k, k), "value": (k, k), "mean": (k, k), "width": (k, k)}
+    layers |= {"reward2": (h, h), "reward3": (h, 1)}
+    out: dict[str, tuple[int, ...]] = {"pair1 bias": (h,), "reward1 z": (k, h), "reward1 bias": (h,)}
+    for name, size in layers.items():
+        out |= {name: size, f"{name} bias": (size[1],)}
+    return out
+
+
+def encoded(chosen: Tensor, rejected: Tensor, real: Tensor, numbers: Numbers, way: Published) -> tuple[Tensor, Tensor]:
+    """Mean and log variance (U, K) of z, from features (U, n, 3 H) of both texts and the mask (U, n) of the pairs.
+
+    Zero, the prior's N(0, I), for a user without pairs.
+    """
+    h = way.hidden
+    pairs = leaky_relu(chosen[..., h : 2 * h] + rejected[..., 2 * h :] + numbers["pair1 bias"], SLOPE)
+    pairs = _layer(leaky_relu(_layer(pairs, "pair2", numbers), SLOPE), "pair3", numbers)
+    query, key, value = (_layer(pairs, name, numbers) for name in ("query", "key", "value"))
+    some = real.any(1)
+    heard = real | ~some[:, None]  # a softmax over nothing is no number; its user is set to the prior below
+    match = (query @ key.mT / math.sqrt(way.latent)).masked_fill(~heard[:, None, :], -torch.inf)
+    attended = match.softmax(-1) @ value
+    pooled = (attended * heard[..., None]).sum(1) / heard.sum(1, keepdim=True)
+    mean, width = (_layer(pooled, name, numbers).clamp(-1, 1) * some[:, None] for name in ("mean", "width"))
+    return mean, width
+
+
+def decoded(features: Tensor, z: Tensor, numbers: Numbers, way: Published) -> Tensor:
+    """(...,) the reward of texts (..., 3 H) at z (..., K)."""
+    first = features[..., : way.hidden] + z @ numbers["reward1 z"] + numbers["reward1 bias"]
+    second = leaky_relu(_layer(leaky_relu(first, SLOPE), "reward2", numbers), SLOPE)
+    return _layer(second, "reward3", numbers)[..., 0]
+
+
+def drawn(mean: Tensor, log_variance: Tensor, noise: Tensor) -> Tensor:
+    """z in training: a draw, brought to length sqrt(K)."""
+    z = mean + (log_variance / 2).exp() * noise
+    length: Tensor = z.norm(dim=-1, keepdim=True).clamp(min=1e-12)
+    return z / length * math.sqrt(z.shape[-1])
+
+
+def divergence(mean: Tensor, log_variance: Tensor) -> Tensor:
+    """(U,) KL(N(mean, exp(log variance)) || N(0, I)) in nats."""
+    return -(1 + log_variance - mean.square() - log_variance.exp()).sum(-1) / 2
+
+
+def annealed(step: int) -> float:
+    """a(t): from .1 to 1 in every 10^4 steps, and back to .1 at once."""
+    return 0.1 + 0.9 * (math.cos(math.pi * (step % PERIOD / PERIOD - 1)) + 1) / 2
+
+
+def rate_at(step: int, total: int) -> float:
+    """The share of the peak rate at step 0, 1, ...: a linear rise over 3 % of the steps, then a cosine to zero."""
+    rise = math.ceil(WARMUP * total)
+    if step < rise:
+        return step / rise
+    return 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, total - rise)))
+
+
+def published(data: EmbeddedPairs, way: Published, seed: int, progress: Callable[[float], None]) -> tuple[Numbers, Tensor, int]:
+    """The numbers of `sizes`, the first layers (D, 3 H), and how many coordinates of z tell the seen users apart.
+
+    Raises:
+        DataError: no user has two strict choices, one to ask and one to tell.
+    """
+    strict = data[~data.tie]
+    grouped = strict.grouped()
+    asked = torch.nonzero(grouped.counts[strict.user_index] > 1)[:, 0]
+    if not len(asked):
+        raise DataError(f"{len(strict)} strict choices of {len(strict.user_ids)} users, no two of one user; expected some")
+    generator = torch.Generator().manual_seed(seed)
+    numbers, first = _start(data.embeddings.shape[1], way, generator, data.embeddings.dtype)
+    numbers["first"] = first
+    moments = {name: (torch.zeros_like(value), torch.zeros_like(value)) for name, value in numbers.items()}
+    per_epoch = -(-len(asked) * way.copies // BATCH)
+    total = per_epoch * way.epochs
+    for step in range(total):
+        if step % per_epoch == 0:
+            order = asked.repeat(way.copies)[torch.randperm(len(asked) * way.copies, generator=generator)]
+            progress(step / total)
+        query = order[step % per_epoch * BATCH :][:BATCH]
+        context, real = _contexts(strict, query, way.contexts, generator)
+        noise = torch.randn(len(query), way.latent, generator=generator).to(first)
+        with torch.enable_grad():
+            leaves = {name: value.detach().requires_grad_() for name, value in numbers.items()}
+            loss = step_loss(strict, leaves, query, context, real, noise, way, way.kl * annealed(step))
+            found = torch.autograd.grad(loss, list(leaves.values()))
+        rate = way.rate * rate_at(step, total)
+        for (name, value), gradient in zip(numbers.items(), found, strict=True):
+            numbers[name] = decayed(value, gradient, moments[name], rate, step + 1)
+    first = numbers.pop("first")
+    return numbers, first, _active(strict, numbers, first, way)
+
+
+def decayed(value: Tensor, gradient: Tensor, moments: tuple[Tensor, Tensor], rate: float, step: int) -> Tensor:
+    """One step of AdamW (arXiv 1711.05101) with betas .9 and .999 and eps 1e-8; the two moments are changed in place."""
+    first = moments[0].mul_(0.9).add_(gradient, alpha=0.1)
+    second = moments[1].mul_(0.999).addcmul_(gradient, gradient, value=0.001)
+    size = (second / (1 - 0.999**step)).sqrt_().add_(1e-8)
+    return (value * (1 - rate * DECAY)).addcdiv_(first, size, value=-rate / (1 - 0.9**step))
+
+
+def step_loss(
+    data: EmbeddedPairs, numbers: Numbers, query: Tensor, context: Tensor, real: Tensor, noise: Tensor, way: Published, kl: float
+) -> Tensor:
+    """Mean -log sigma of the queries (B,) + kl times the mean KL, z drawn from what the contexts (B, n) say."""
+    first = numbers["first"]
+    table = data.embeddings
+
+    def seen(rows: Tensor) -> Tensor:
+        found: Tensor = table.rows(rows.flatten()).to(first) @ first
+        return found.view(*rows.shape, -1)
+
+    mean, width = encoded(seen(data.chosen[context]), seen(data.rejected[context]), real, numbers, way)
+    z = drawn(mean, width, noise)
+    good, bad = (decoded(seen(side[query]), z, numbers, way) for side in (data.chosen, data.rejected))
+    return likelihood.nll(good - bad).mean() + kl * divergence(mean, width).mean()
+
+
+def _layer(values: Tensor, name: str, numbers: Numbers) -> Tensor:
+    return values @ numbers[name] + numbers[f"{name} bias"]
+
+
+def _start(width: int, way: Published, generator: torch.Generator, dtype: torch.dtype) -> tuple[Numbers, Tensor]:
+    """Every layer at U(-1, 1) / sqrt(inputs), weights and bias, as PyTorch begins."""
+
+    def uniform(size: tuple[int, ...], inputs: int) -> Tensor:
+        found: Tensor = (2 * torch.rand(*size, generator=generator) - 1) / math.sqrt(inputs)
+        return found.to(dtype)
+
+    into_reward, into_pair = width + way.latent, 2 * width
+    shapes = sizes(way)
+    inputs = {name: shapes[name.removesuffix(" bias")][0] for name in shapes if not name.startswith(("pair1", "reward1"))}
+    inputs |= {"reward1 z": into_reward, "reward1 bias": into_reward, "pair1 bias": into_pair}
+    first = [uniform((width, way.hidden), n) for n in (into_reward, into_pair, into_pair)]
+    return {name: uniform(size, inputs[name]) for name, size in shapes.items()}, torch.cat(first, dim=1)
+
+
+def _contexts(data: EmbeddedPairs, query: Tensor, most: tuple[int, int], generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """(B, n) other choices of each query's user, drawn without repetition, and the mask of the real ones."""
+    index, real = data.grouped().padded(data.user_index[query])
+    real = real & (index != query[:, None])
+    noise = torch.rand(index.shape, generator=generator).to(data.weight) + ~real
+    place = noise.argsort(1)[:, : most[1]]
+    sizes = torch.randint(most[0], most[1] + 1, (len(query), 1), generator=generator).to(query.device)
+    taken = torch.arange(place.shape[1], device=query.device) < sizes
+    return index.gather(1, place), real.gather(1, place) & taken
+
+
+def _active(data: EmbeddedPairs, numbers: Numbers, first: Tensor, way: Published) -> int:
+    means = []
+    features = data.embeddings.project(first)
+    for users in torch.split(torch.arange(len(data.user_ids), device=first.device), 64):
+        index, real = data.grouped().padded(users)
+        means.append(encoded(features[data.chosen[index]], features[data.rejected[index]], real, numbers, way)[0])
+    return active_units(torch.cat(means), first.new_ones(way.latent))

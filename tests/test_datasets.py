@@ -1,0 +1,727 @@
+"""Published data sets: files in their own shapes, written here, and every step of each recipe counted by hand."""
+
+import csv
+import hashlib
+import json
+import random
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import palate
+from palate.data import arena, community, prism, recipes
+from palate.data.argilla import argilla_labels, argilla_rankings, argilla_ratings
+from palate.data.attribute_texts import attribute_texts
+from palate.data.attributes import TRAITS, wishes
+from palate.data.pairs import PairSet
+from palate.data.personalllm import MEAN_SD, N_ANSWERS, SCORERS, ScoredAnswers, best_and_worst, load_personalllm, two_at_random
+from palate.data.personas import load_personas
+from palate.data.prism import LORE_CORRECTED, LORE_PAPER, MRM, load_prism, prism_split
+from palate.data.splits import given_split
+from palate.data.tldr import load_tldr, load_tldr_lore, load_tldr_paper
+from palate.encoders import Items
+from palate.errors import DataError
+
+Row = dict[str, Any]
+
+
+def jsonl(path: Path, rows: list[Row] | list[object]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def sides(pairs: PairSet) -> list[tuple[str, str, str]]:
+    """(user, chosen, rejected) of every choice, in order."""
+    rows = zip(pairs.users, pairs.chosen, pairs.rejected, strict=True)
+    return [(user, pairs.texts[c].response, pairs.texts[r].response) for user, c, r in rows]
+
+
+# -- PRISM
+
+
+def said(turn: int, role: str, content: str, chosen: bool | None = None) -> Row:
+    return {"turn": turn, "role": role, "content": content, "if_chosen": chosen, "score": None}
+
+
+def turn(number: int, asked: str, chosen: str, *others: str) -> list[Row]:
+    answers = [said(number, "model", chosen, True), *(said(number, "model", other, False) for other in others)]
+    return [said(number, "user", asked), *answers]
+
+
+def talk(user: str, number: int, *turns: list[Row]) -> Row:
+    return {
+        "user_id": user,
+        "conversation_id": f"{user}-{number}",
+        "conversation_history": [one for turn in turns for one in turn],
+    }
+
+
+def plain(user: str, number: int) -> Row:
+    """One turn, three answers, two pairs."""
+    return talk(user, number, turn(0, f"Q{number}", f"good {number}", f"bad {number}", f"worse {number}"))
+
+
+def test_prism_keeps_users_of_six_conversations_that_count(tmp_path: Path) -> None:
+    unanswered = [said(0, "user", "Hello?")]
+    no_choice = [said(0, "user", "Hi?"), said(0, "model", "a", False), said(0, "model", "b", False)]
+    rows = [plain("six", i) for i in range(6)]
+    rows += [plain("five", i) for i in range(5)]
+    rows += [talk("five", 5, unanswered), talk("five", 6, no_choice)]  # they do not count: no turn is complete
+    rows += [plain("mixed", i) for i in range(5)] + [talk("mixed", 5, no_choice, turn(1, "And?", "so", "not so"))]
+    for recipe in (MRM, LORE_PAPER, LORE_CORRECTED):
+        pairs, report = load_prism(jsonl(tmp_path / "conversations.jsonl", rows), recipe=recipe)
+        assert Counter(pairs.users) == {"six": 12, "mixed": 11}  # 6 x 2, and 5 x 2 + 1
+        assert report.ok
+        assert ("six", "good 3", "bad 3") in sides(pairs)
+        assert ("six", "good 3", "worse 3") in sides(pairs)  # each rejected answer by itself, as plain text
+
+
+def test_prism_leaves_out_users_who_completed_nothing(tmp_path: Path) -> None:
+    conversations = jsonl(tmp_path / "conversations.jsonl", [plain(user, i) for user in ("ada", "bo") for i in range(6)])
+    survey = jsonl(
+        tmp_path / "survey.jsonl",
+        [{"user_id": "ada", "num_completed_conversations": 0}, {"user_id": "bo", "num_completed_conversations": 6}],
+    )
+    assert load_prism(conversations)[0].user_ids == ("ada", "bo")
+    assert load_prism(conversations, survey=survey)[0].user_ids == ("bo",)
+    with pytest.raises(DataError, match=r"line 1: KeyError\('num_completed_conversations'\); expected PRISM's survey\.jsonl"):
+        load_prism(conversations, survey=jsonl(tmp_path / "survey.jsonl", [{"user_id": "ada"}]))
+
+
+def test_prism_of_the_lore_paper_counts_characters(tmp_path: Path) -> None:
+    """A conversation goes only if every turn is long; a long turn of a kept one stays, unless a side of a pair is too long."""
+    exactly, beyond = "x" * (2300 - 2), "x" * (2301 - 2)  # with the two characters of the question: 2300 and 2301
+    long_and_short = talk("ada", 1, turn(0, "Q1", beyond, "no"), turn(1, "Q2", "yes", "no"))
+    rows = [
+        talk("ada", 0, turn(0, "Q1", exactly, "no")),
+        long_and_short,
+        talk("ada", 2, turn(0, "Q1", beyond, "no"), turn(1, "Q2", "yes", beyond)),  # every turn is too long
+        talk("ada", 3, turn(0, "Q1", "yes", "y" * 2397)),  # 2399 characters with the question, but the only turn is too long
+    ]
+    path = jsonl(tmp_path / "conversations.jsonl", rows)
+    with pytest.raises(DataError, match=r"none of 1 users has 3 conversations with a choice \(at most 2\)"):
+        load_prism(path, min_conversations=3, recipe=LORE_PAPER)
+    found, _ = load_prism(path, min_conversations=2, recipe=LORE_PAPER)
+    # The first turn of the second conversation is kept (2301 < 2400); after it the history has 2320 characters and more.
+    assert Counter(found.conversation) == {"ada-0": 1, "ada-1": 2}
+    told = f"user: Q1\nassistant: {beyond}\nuser: Q2"
+    assert found.texts[found.chosen[2]].prompt == told  # one text, not turns
+    assert found.texts[found.chosen[0]].prompt == "Q1"
+    everything, _ = load_prism(path, min_conversations=4)
+    assert len(everything) == 6
+    assert [message.role for message in everything.texts[everything.chosen[2]].prompt] == ["user", "assistant", "user"]  # type: ignore[union-attr]
+    assert everything.texts[everything.chosen[2]].prompt_text == told
+
+    history = len("user: Q1\nassistant: yes\nuser: Q2")
+    rows = [talk("ada", i, turn(0, "Q1", "yes", "no"), turn(1, "Q2", "a", "b" * (2400 - history - 1 + i))) for i in (0, 1)]
+    found, _ = load_prism(jsonl(tmp_path / "conversations.jsonl", rows), min_conversations=2, recipe=LORE_PAPER)
+    assert Counter(found.conversation) == {"ada-0": 2, "ada-1": 1}  # a side of 2399 characters stays, one of 2400 goes
+
+
+def test_prism_history_has_the_chosen_answers_only(tmp_path: Path) -> None:
+    turns = [
+        turn(0, "One?", "first", "never 1", "never 2"),
+        turn(1, "Two?", "second", "never 3"),
+        turn(2, "Three?", "third", "n"),
+    ]
+    pairs, _ = load_prism(jsonl(tmp_path / "conversations.jsonl", [talk("ada", 0, *turns)]), min_conversations=1)
+    assert len(pairs) == 4
+    last = pairs.texts[pairs.chosen[3]].prompt
+    assert last == (("user", "One?"), ("assistant", "first"), ("user", "Two?"), ("assistant", "second"), ("user", "Three?"))
+    assert not any("never" in text.prompt_text for text in pairs.texts)
+
+
+@pytest.mark.parametrize(("recipe", "n_unseen"), [(MRM, 10), (LORE_PAPER, 10), (LORE_CORRECTED, 4)])
+def test_prism_splits_users_and_whole_conversations(tmp_path: Path, recipe: prism.Recipe, n_unseen: int) -> None:
+    rows = [plain(f"user {u:02d}", i) for u in range(20) for i in range(6 + u % 2)]
+    pairs = prism_split(load_prism(jsonl(tmp_path / "conversations.jsonl", rows), recipe=recipe)[0], recipe)
+    split = given_split(pairs)
+    assert len(set(pairs.users[split.support])) == n_unseen
+    assert set(pairs.users[split.support]) == set(pairs.users[split.test_unseen])
+    assert set(pairs.users[split.train]) == set(pairs.users[split.test_seen])
+    assert not set(pairs.users[split.train]) & set(pairs.users[split.support])
+    for learned, tested in ((split.train, split.test_seen), (split.support, split.test_unseen)):
+        assert not set(pairs.conversation[learned]) & set(pairs.conversation[tested])
+    assert set(Counter(pairs.users[split.train]).values()) == {6}  # three conversations of six or seven, two pairs each
+    assert sum(len(getattr(split, side)) for side in ("train", "test_seen", "support", "test_unseen")) == len(pairs)
+    assert prism_split(pairs, recipe).split.tolist() == pairs.split.tolist()
+    assert prism_split(pairs, recipe, seed=7).split.tolist() != pairs.split.tolist()
+    with pytest.raises(DataError, match="seed is -1"):
+        prism_split(pairs, recipe, seed=-1)
+
+
+def test_prism_split_of_mrm_is_the_published_one(tmp_path: Path) -> None:
+    """Python's own generator, one user at a time, as the scripts do it."""
+    rows = [plain(f"user {u}", i) for u in range(9) for i in range(6 + u)]
+    pairs = prism_split(load_prism(jsonl(tmp_path / "conversations.jsonl", rows))[0], MRM, seed=43)
+    users = sorted(pairs.user_ids)
+    random.Random(43).shuffle(users)
+    for place, user in enumerate(users):
+        talks = [f"{user}-{i}" for i in range(6 + int(user[-1]))]
+        random.Random(43 + int(hashlib.md5(user.encode()).hexdigest(), 16) % 2**32).shuffle(talks)
+        names = ("train", "test_seen") if place < 4 else ("support", "test_unseen")
+        for conversation, label in zip(pairs.conversation[pairs.users == user], pairs.split[pairs.users == user], strict=True):
+            assert label == names[int(conversation in talks[len(talks) // 2 :])]
+
+
+# -- TL;DR
+
+
+def compared(worker: str, number: int, choice: int = 0) -> Row:
+    summaries = [{"text": f"{worker} short {number}"}, {"text": f"{worker} long {number}"}]
+    return {"info": {"post": f"post {number}", "title": "T"}, "summaries": summaries, "choice": choice, "worker": worker}
+
+
+def test_tldr_of_the_paper_pools_and_halves(tmp_path: Path) -> None:
+    sizes = {"w1": 49, "w2": 50, "w3": 61, "w4": 80, "w5": 90}
+    rows = [compared(worker, i, i % 2) for worker, size in sizes.items() for i in range(size)]
+    parts = jsonl(tmp_path / "a.jsonl", rows[:100]), rows[100:]  # a file and rows in memory
+    pairs, report = load_tldr_paper(*parts, seen_limit=30, unseen_limit=10)
+    assert report.ok
+    split = given_split(pairs)
+    assert pairs.user_ids == ("w2", "w3", "w4", "w5")  # 49 annotations are too few
+    seen, unseen = set(pairs.users[split.train]), set(pairs.users[split.support])
+    assert (len(seen), len(unseen), seen & unseen) == (2, 2, set())
+    for rows_of, tested, limit in ((split.train, split.test_seen, 30), (split.support, split.test_unseen, 10)):
+        for user in set(pairs.users[rows_of]):
+            assert (pairs.users[rows_of] == user).sum() == min(limit, sizes[user] // 2)
+            assert (pairs.users[tested] == user).sum() == sizes[user] - sizes[user] // 2  # the other half, in full
+    assert not set(pairs.chosen[split.train]) & set(pairs.chosen[split.test_seen])
+    assert {text.prompt_text[:5] for text in pairs.texts} == {"post "}
+    odd = next(row for row in sides(pairs) if row[1].endswith("long 1"))
+    assert odd[2].endswith("short 1")
+    with pytest.raises(DataError, match=r"none of 5 workers has 91 comparisons \(at most 90\)"):
+        load_tldr_paper(*parts, min_annotations=91)
+    with pytest.raises(DataError, match="min_annotations is 0"):
+        load_tldr_paper(*parts, min_annotations=0)
+
+
+def test_tldr_limits_are_those_published() -> None:
+    rows = [compared(worker, i) for worker in ("a", "b") for i in range(400)]
+    pairs, _ = load_tldr_paper(rows)
+    assert Counter(pairs.split) == {"train": 150, "test_seen": 200, "support": 50, "test_unseen": 200}
+    hundred, _ = load_tldr_paper(rows, seen_limit=100)
+    assert Counter(hundred.split)["train"] == 100
+    assert len(set(hundred.conversation)) == len(hundred)  # no comparison twice
+
+
+def test_tldr_of_lores_code_drops_the_two_smallest_workers() -> None:
+    sizes = {"a": 9, "b": 3, "c": 5, "d": 5, "e": 8, "only-train": 1}
+    train = [compared(worker, i) for worker, size in sizes.items() for i in range(size)]
+    validation = [compared(worker, 100 + i) for worker in ("a", "b", "c", "d", "e") for i in range(2)]
+    pairs, _ = load_tldr_lore(train, validation, seen_limit=6, unseen_limit=4)
+    assert pairs.user_ids == ("a", "c", "e")  # b has 3; of c and d, with 5, the later id goes
+    split = given_split(pairs)
+    assert len(set(pairs.users[split.train])) == 1  # half of three, rounded down
+    assert Counter(pairs.users[np.concatenate([split.test_seen, split.test_unseen])]) == {"a": 2, "c": 2, "e": 2}
+    assert set(Counter(pairs.users[split.support]).values()) == {4}
+    assert load_tldr(train, validation)[0].user_ids == ("a", "b", "c", "d", "e")
+    with pytest.raises(DataError, match="3 workers are in both parts; expected at least 4"):
+        load_tldr_lore([row for row in train if row["worker"] in "abc"], validation)
+
+
+def test_tldr_reads_parquet(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    rows = [compared(worker, i) for worker in "ab" for i in range(4)]
+    for name, part in (("train", rows), ("validation", rows[::-1])):
+        parquet.write_table(pyarrow.Table.from_pylist(part), tmp_path / f"{name}.parquet")
+    found, report = load_tldr(tmp_path / "train.parquet", [tmp_path / "validation.parquet"])
+    assert (found.user_ids, report.rows) == (("a", "b"), 16)
+    (tmp_path / "x.jsonl").write_text("<html>\n")
+    with pytest.raises(DataError, match=r"train row 0: TypeError\('not JSON"):
+        load_tldr(tmp_path / "x.jsonl", rows)
+
+
+# -- PersonalLLM
+
+
+def scored(prompt: str, scores: Any, *, columns: str = "response_{answer}_{scorer}") -> Row:
+    row: Row = {"prompt": prompt}
+    for i in range(N_ANSWERS):
+        row[f"response_{i + 1}"] = f"{prompt}: answer {i + 1}"
+        row[f"response_{i + 1}_model"] = f"model {i % 3}"
+        for k, scorer in enumerate(SCORERS):
+            row[columns.format(answer=i + 1, scorer=scorer)] = float(scores[i][k])
+    return row
+
+
+def prompts(n: int, seed: int = 0, name: str = "p") -> list[Row]:
+    table = np.random.default_rng(seed).normal(size=(n, N_ANSWERS, len(SCORERS))) * 2 + 3
+    return [scored(f"{name}{i}", table[i]) for i in range(n)]
+
+
+def test_personalllm_constants_are_the_published_ones() -> None:
+    assert len(SCORERS) == 10
+    assert MEAN_SD["llama3_sfairx"] == (1.0638, 2.9530)
+    assert MEAN_SD["beaver_7b"] == (6.2335, 3.0126)
+    assert MEAN_SD["oasst_pythia_7b"] == (4.7064, 1.3659)
+    assert sum(mean for mean, _ in MEAN_SD.values()) == pytest.approx(43.5456)
+    assert sum(sd for _, sd in MEAN_SD.values()) == pytest.approx(23.3441)
+
+
+@pytest.mark.parametrize("kind", ["csv", "parquet", "rows"])
+def test_personalllm_files(tmp_path: Path, kind: str) -> None:
+    rows: Any = prompts(3, seed=4)
+    expected = np.asarray([[[row[f"response_{i}_{k}"] for k in SCORERS] for i in range(1, 9)] for row in rows])
+    source: Any = rows
+    if kind == "csv":
+        source = tmp_path / "train.csv"
+        with source.open("w", newline="") as file:
+            writer = csv.DictWriter(file, rows[0].keys())
+            writer.writeheader()
+            writer.writerows(rows)
+    elif kind == "parquet":
+        pyarrow = pytest.importorskip("pyarrow")
+        from pyarrow import parquet
+
+        source = tmp_path / "train.parquet"
+        parquet.write_table(pyarrow.Table.from_pylist(rows), source)
+    raw, report = load_personalllm(source, model_column="response_{answer}_model")
+    assert (report.n_good, report.ok, len(raw)) == (3, True, 3)
+    assert raw.scores.shape == (3, 8, 10)
+    assert np.array_equal(raw.scores, expected)
+    assert raw.answers[1][7] == "p1: answer 8"
+    assert raw.answered_by[2] == ("model 0", "model 1", "model 2") * 2 + ("model 0", "model 1")
+    assert repr(raw) == "ScoredAnswers(3 prompts x 8 answers x 10 raw scores)"
+    standard, _ = load_personalllm(source, standardised=True)
+    assert standard.scores[2, 5, 3] == (expected[2, 5, 3] - 1.0638) / 2.9530
+    assert (standard.standardised, standard.answered_by) == (True, ())
+
+
+def test_personalllm_rows_that_cannot_be(tmp_path: Path) -> None:
+    good, *bad = prompts(6)
+    bad[0]["response_3_beaver_7b"] = "much"
+    bad[1]["response_8"] = " "
+    bad[2]["response_2_gemma_2b"] = float("nan")
+    del bad[3]["response_5_mistral_ray"]
+    path = jsonl(tmp_path / "train.jsonl", [*bad[:2], good, *bad[2:4]])
+    with path.open("a") as file:
+        file.write("{broken\n")
+    read, report = load_personalllm(path)
+    assert read.prompts == ("p0",)
+    assert (report.rows, report.n_good, report.n_bad) == (6, 1, 5)
+    assert dict(report.reasons) == {"wrong_type": 3, "missing_column": 1, "broken_json": 1}
+    assert [row.line for row in report.bad_rows] == [1, 2, 4, 5, 6]
+    assert "response_3_beaver_7b is 'much'; expected a finite number" in str(report.bad_rows[0])
+    with pytest.raises(DataError, match="no prompt with eight answers"):
+        load_personalllm([bad[0]])
+    with (tmp_path / "other.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, good.keys())
+        writer.writeheader()
+        writer.writerow(good)
+    with pytest.raises(DataError, match=r"has no column gemma_2b/1, .* its columns are prompt, response_1, response_1_model"):
+        load_personalllm(tmp_path / "other.csv", score_column="{scorer}/{answer}")
+    assert len(
+        load_personalllm([scored("p", np.zeros((8, 10)), columns="{scorer}/{answer}")], score_column="{scorer}/{answer}")[0]
+    )
+    with pytest.raises(
+        DataError, match=r"score_column is 'reward'; expected the name of a column with \{answer\} and \{scorer\}"
+    ):
+        load_personalllm([good], score_column="reward")
+
+
+def oracle(data: ScoredAnswers, weights: Any, prompt: int) -> Any:
+    return data.scores[prompt] @ weights
+
+
+def test_best_and_worst_of_each_user(tmp_path: Path) -> None:
+    train, test = (load_personalllm(prompts(n, seed=n, name=f"{n}-"))[0] for n in (60, 11))
+    mixed = best_and_worst(train, test, alpha=0.1, n_users=(53, 4), shots=(45, 9), seed=3)
+    pairs, split = mixed.pairs, given_split(mixed.pairs)
+    assert (mixed.standardised, mixed.n_equal, mixed.weights.shape) == (False, 0, (57, 10))
+    assert Counter(pairs.split) == {"train": 53 * 45, "test_seen": 53 * 11, "support": 4 * 9, "test_unseen": 4 * 11}
+    assert pairs.user_ids == tuple(sorted(pairs.user_ids))
+    assert np.allclose(mixed.weights.sum(axis=1), 1)
+    places = {prompt: (data, i) for data in (train, test) for i, prompt in enumerate(data.prompts)}
+    for row in range(len(pairs)):  # a flat loop
+        data, i = places[pairs.texts[pairs.chosen[row]].prompt_text]
+        reward = oracle(data, mixed.weights[pairs.user_index[row]], i)
+        assert pairs.texts[pairs.chosen[row]].response == data.answers[i][int(reward.argmax())]
+        assert pairs.texts[pairs.rejected[row]].response == data.answers[i][int(reward.argmin())]
+        assert (data is test) == pairs.split[row].startswith("test")
+    own = pairs[split.train[pairs.user_index[split.train] == 20]]
+    assert len(set(own.conversation)) == 45  # different prompts, and not the same for everybody
+    assert set(own.conversation) != set(pairs[split.train[pairs.user_index[split.train] == 21]].conversation)
+    again = best_and_worst(train, test, alpha=0.1, n_users=(53, 4), shots=(45, 9), seed=3)
+    assert again.pairs.fingerprint() == pairs.fingerprint()
+    assert len(best_and_worst(train, test, n_users=(1, 1), shots=(60, 1), n_test=2).pairs) == 60 + 1 + 4
+
+
+def test_a_small_alpha_is_one_scorer_and_a_large_one_is_everybody() -> None:
+    data = load_personalllm(prompts(9))[0]
+    few = best_and_worst(data, data, alpha=1e-5, n_users=(60, 60), shots=(9, 9)).weights
+    assert np.isfinite(few).all()
+    assert (few.max(axis=1) > 0.999).all()
+    assert len(set(few.argmax(axis=1))) == 10
+    assert best_and_worst(data, data, alpha=1e5, n_users=(60, 60), shots=(9, 9)).weights.std() < 0.001
+
+
+def test_answers_that_are_equal_are_no_choice() -> None:
+    rows = prompts(3)
+    rows[1] |= {f"response_{i}": "the same words" for i in range(1, 9)}
+    rows[2] = scored("p2", np.ones((8, 10)))
+    data = load_personalllm(rows)[0]
+    mixed = best_and_worst(data, data, n_users=(2, 1), shots=(3, 2), n_test=1)
+    prompts_left = {mixed.pairs.texts[i].prompt_text for i in mixed.pairs.chosen}
+    assert prompts_left == {"p0"}
+    assert len(mixed.pairs) + mixed.n_equal == 2 * 3 + 1 * 2 + 3
+
+
+def test_two_at_random_draws_all_eight_answers() -> None:
+    train, test = (load_personalllm(prompts(n, seed=n), standardised=True)[0] for n in (80, 7))
+    mixed = two_at_random(train, test, n_users=(30, 8))
+    pairs = mixed.pairs
+    split = given_split(pairs)
+    counts = Counter(pairs.users[np.concatenate([split.train, split.support])])
+    assert (min(counts.values()) >= 25, max(counts.values()) <= 49, len(set(counts.values())) > 8) == (True, True, True)
+    assert {int(text.response[-1]) for text in pairs.texts} == set(range(1, 9))
+    met = Counter(pairs.texts[i].response[-1] for i in np.concatenate([pairs.chosen[split.train], pairs.rejected[split.train]]))
+    assert min(met.values()) / max(met.values()) > 0.7  # each about an eighth of 2 x 30 x 37
+    for row in split.train[:200]:
+        i = train.prompts.index(pairs.texts[pairs.chosen[row]].prompt_text)
+        reward = oracle(train, mixed.weights[pairs.user_index[row]], i)
+        answers = train.answers[i]
+        chosen, rejected = (answers.index(pairs.texts[side[row]].response) for side in (pairs.chosen, pairs.rejected))
+        assert reward[chosen] > reward[rejected]
+    with pytest.raises(DataError, match=r"the scores are raw; expected load_personalllm\(..., standardised=True\)"):
+        two_at_random(load_personalllm(prompts(3))[0], test)
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"alpha": 0.0}, "alpha is 0.0"),
+        ({"alpha": float("inf")}, "alpha is inf"),
+        ({"n_users": (0, 3)}, r"n_users are \(0, 3\)"),
+        ({"shots": (10, 2)}, "a user meets 2 to 10 training prompts; expected numbers from 1 to 9"),
+        ({"shots": (2, 0)}, "a user meets 0 to 2"),
+        ({"n_test": 10}, "n_test is 10; expected 1 to 9"),
+    ],
+)
+def test_simulations_that_cannot_be(options: Row, match: str) -> None:
+    data = load_personalllm(prompts(9))[0]
+    with pytest.raises(DataError, match=match):
+        best_and_worst(data, data, **{"shots": (2, 2), **options})
+    with pytest.raises(DataError, match="expected both raw or both standardised"):
+        best_and_worst(data, load_personalllm(prompts(9), standardised=True)[0], shots=(2, 2))
+
+
+# -- PReF
+
+
+def persona(index: int, text: str, preference: object, name: str = "q") -> Row:
+    return {
+        **{"prompt": f"{name} {index}?", "response_1": f"original {index}", "response_2": f"revised {index}"},
+        **{"persona": text, "persona_index": index, "preference": preference},
+    }
+
+
+def table(path: Path, rows: list[Row]) -> Path:
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0].keys())
+        writer.writeheader()
+        writer.writerows(rows)
+    return path
+
+
+def test_personas_are_people_by_their_text(tmp_path: Path) -> None:
+    files = [
+        table(
+            tmp_path / "train.csv", [persona(0, "a baker, 40", 1.0), persona(1, "a nurse", 0.0), persona(1, "a nurse", 0.5, "r")]
+        ),
+        table(tmp_path / "validation.csv", [persona(0, "a baker, 40", 0, "v")]),
+        table(tmp_path / "calibration.csv", [persona(0, "a pilot", 1, "c")]),  # index 0 again, and another person
+        table(tmp_path / "test.csv", [persona(0, "a pilot", 0.0, "t"), persona(0, "a pilot", "both", "u")]),
+    ]
+    pairs, report = load_personas(*files)
+    assert (report.n_good, report.n_bad) == (6, 1)
+    assert str(report.bad_rows[0]).startswith("line 3: source 4: preference is 'both'; expected a finite number")
+    assert len(pairs.user_ids) == 3
+    assert [(chosen, tie) for (_, chosen, _), tie in zip(sides(pairs), pairs.tie, strict=True)] == [
+        *(("original 0", False), ("revised 1", False), ("original 1", True), ("revised 0", False)),
+        *(("original 0", False), ("revised 0", False)),
+    ]
+    assert pairs.split.tolist() == ["train"] * 3 + ["test_seen", "support", "test_unseen"]
+    assert pairs.users[0] == pairs.users[3] != pairs.users[1]
+    assert pairs.users[4] == pairs.users[5] not in pairs.users[:4]
+    swapped, _ = load_personas(*files, first_wins=0.0)
+    assert [row[1] for row in sides(swapped)][:3] == ["revised 0", "original 1", "original 1"]
+    with pytest.raises(DataError, match=r"1 personas, such as persona-.* expected new people"):
+        load_personas(files[0], files[1], files[1], files[3])
+    with pytest.raises(DataError, match="has no column persona_index, preference"):
+        load_personas(table(tmp_path / "x.csv", [{"prompt": 1, "response_1": 1, "response_2": 1, "persona": 1}]), *files[1:])
+    with pytest.raises(DataError, match=r"first_wins is 0\.5"):
+        load_personas(*files, first_wins=0.5)
+
+
+def test_one_index_with_two_persons_is_a_bad_row() -> None:
+    rows = [persona(0, "a baker", 1), persona(0, "a nurse", 1, "r")]
+    _, report = load_personas(rows, [persona(1, "x", 1)], [persona(1, "y", 1)], [persona(1, "y", 1, "z")])
+    assert report.n_bad == 1
+    assert "persona_index 0 has another persona than earlier in train" in str(report.bad_rows[0])
+
+
+def test_attribute_texts_are_what_84_users_want() -> None:
+    data = attribute_texts(5, n_train=6, n_test=4)
+    pairs, split = data.pairs, given_split(data.pairs)
+    assert pairs.user_ids == tuple(sorted(wish.name for wish in wishes()))
+    assert len(pairs.user_ids) == 84
+    assert len(set(pairs.users[split.support])) == 24
+    assert Counter(pairs.split) == {"train": 360, "test_seen": 240, "support": 144, "test_unseen": 96}
+    assert not {pairs.texts[i].prompt for i in pairs.chosen[split.train]} & {
+        pairs.texts[i].prompt for i in pairs.chosen[split.test_seen]
+    }
+    for user, weights in zip(pairs.user_ids, data.weights, strict=True):
+        wanted = [TRAITS[trait][int(weights[trait] > 0)] for trait in np.flatnonzero(weights)]
+        assert user == " and ".join(wanted)
+        assert set(np.abs(weights)) == {0.0, 1.5}
+    assert 0.8 < data.oracle_accuracy() < 0.99
+    # P(tie | margin) = 2 p (1 - p), in sum over all choices
+    p = 1 / (1 + np.exp(-data.margin))
+    assert abs(pairs.tie.mean() - (2 * p * (1 - p)).mean()) < 0.04
+    assert attribute_texts(5, n_train=6, n_test=4).pairs.fingerprint() == pairs.fingerprint()
+    assert attribute_texts(6, n_train=6, n_test=4).pairs.fingerprint() != pairs.fingerprint()
+
+
+def test_attribute_texts_say_what_their_margins_say() -> None:
+    """The words themselves: who wants short answers was given the shorter one, wherever the other wish is equal."""
+    data = attribute_texts(1, n_train=12, n_test=6, scale=8.0)
+    lengths = np.asarray([len(text.response) for text in data.pairs.texts])
+    shorter = lengths[data.pairs.chosen] < lengths[data.pairs.rejected]
+    strict = ~data.pairs.tie
+    length = data.weights[data.pairs.user_index, 0]
+    assert shorter[strict & (length < 0)].mean() > 0.65
+    assert shorter[strict & (length > 0)].mean() < 0.35
+    shouted = np.asarray([text.response.count("!") for text in data.pairs.texts])
+    louder = shouted[data.pairs.chosen] - shouted[data.pairs.rejected]
+    enthusiasm = data.weights[data.pairs.user_index, 5]
+    assert louder[strict & (enthusiasm > 0)].mean() > 1 > -1 > louder[strict & (enthusiasm < 0)].mean()
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [({"n_unseen": 84}, "n_unseen is 84"), ({"n_test": 0}, "n_test is 0"), ({"scale": -1.0}, r"scale is -1\.0")],
+)
+def test_attribute_texts_that_cannot_be(options: Row, match: str) -> None:
+    with pytest.raises(DataError, match=match):
+        attribute_texts(**options)
+
+
+# -- PersonalRewardBench
+
+
+def test_arena_rows_in_all_their_forms(tmp_path: Path) -> None:
+    before = [{"role": "user", "content": "Hi?"}, {"role": "assistant", "content": "Yes?"}, {"role": "user", "content": "Why?"}]
+    turned = {"role": "assistant", "content": "Because."}
+    train = [
+        {"user_id": "ada", "context": before, "chosen": turned, "rejected": {"role": "assistant", "content": "No."}},
+        {"user_id": "bo", "context": "Why?", "chosen": "Because.", "rejected": "No."},
+        {"user_id": "cy", "context": before, "chosen": [turned], "rejected": [{"role": "assistant", "content": "No."}]},
+        {"user_id": "di", "context": "Why?", "chosen": [{"role": "user", "content": "?"}], "rejected": "No."},
+        {"user_id": "di", "context": [3], "chosen": "a", "rejected": "b"},
+    ]
+    val = [{"user_id": user, "context": "How?", "chosen": "So.", "rejected": "Not."} for user in ("ada", "bo", "cy")]
+    test = [{"user_id": user, "context": "When?", "chosen": "Now.", "rejected": "Never."} for user in ("ada", "bo", "cy")]
+    pairs, report = arena.load_arena(jsonl(tmp_path / "train.jsonl", train), val, test, unseen=0.34)
+    assert (report.n_good, report.n_bad) == (9, 2)
+    assert "source 1: chosen ends with a turn of 'user'" in str(report.bad_rows[0])
+    assert "context is [3]; expected a text, or turns" in str(report.bad_rows[1])
+    assert sides(pairs)[:3] == [(user, "Because.", "No.") for user in ("ada", "bo", "cy")]
+    assert pairs.texts[pairs.chosen[0]].prompt_text == "user: Hi?\nassistant: Yes?\nuser: Why?"
+    assert Counter(pairs.split) == {"train": 4, "test_seen": 2, "support": 2, "test_unseen": 1}
+    assert len(set(pairs.users[pairs.split == "support"])) == 1
+    assert set(pairs.users[pairs.split == "support"]) == set(pairs.users[pairs.split == "test_unseen"])
+    everybody, _ = arena.load_arena(train, val, test, unseen=0.0)
+    assert Counter(everybody.split) == {"train": 6, "test_seen": 3}
+    renamed = [{"who": "ada", "before": "Why?", "chosen": "a", "rejected": "b"}]
+    named = arena.Columns(user="who", context="before")
+    assert len(arena.load_arena(renamed, [renamed[0] | {"before": "x"}], [renamed[0] | {"before": "y"}], columns=named)[0]) == 3
+    with pytest.raises(DataError, match=r"no 'context'; the columns of the row are: who, before, chosen, rejected"):
+        arena.load_arena(renamed, renamed, renamed)
+    with pytest.raises(DataError, match=r"unseen is 1\.0"):
+        arena.load_arena(train, val, test, unseen=1.0)
+
+
+# -- Community Alignment
+
+
+MARKED = community.Columns("annotator", "asked", ["a", "b", "c", "d"], "best", conversation="id", language="lang")
+
+
+def marked(annotator: str, best: object, lang: str = "en", **answers: str) -> Row:
+    row = {"annotator": annotator, "id": f"{annotator}-talk", "lang": lang, "asked": "Which?", "best": best}
+    return row | {name: f"answer {name}" for name in "abcd"} | answers
+
+
+def test_one_of_four_answers_is_three_choices(tmp_path: Path) -> None:
+    rows = [marked("ada", "c"), marked("bo", "a", "fr", d="answer a"), marked("cy", "e"), marked("di", "b", "it")]
+    pairs, report = community.load_community(jsonl(tmp_path / "rows.jsonl", rows), MARKED)
+    assert sides(pairs)[:3] == [("ada", "answer c", f"answer {other}") for other in "abd"]
+    assert Counter(pairs.users) == {"ada": 3, "bo": 2, "di": 3}
+    assert dict(report.reasons) == {"identical_sides": 1, "wrong_type": 1}
+    assert [row.line for row in report.bad_rows] == [2, 3]
+    assert "best is 'e'; expected one of ['a', 'b', 'c', 'd']" in str(report.bad_rows[1])
+    assert np.allclose(pairs.weight, 1 / 3)
+    assert set(pairs.conversation) == {"ada-talk", "bo-talk", "di-talk"}
+    some, _ = community.load_community(rows, MARKED, languages={"en", "it"})
+    assert some.user_ids == ("ada", "di")  # and cy, whose row is bad
+
+
+def test_community_columns_that_cannot_be() -> None:
+    numbered = community.Columns("annotator", "asked", ["a", "b"], "best", labels=[1, 2])
+    pairs, _ = community.load_community([marked("ada", 2), marked("bo", "1")], numbered)
+    assert sides(pairs) == [("ada", "answer b", "answer a"), ("bo", "answer a", "answer b")]
+    for answers, labels in ((["a"], None), (["a", "b"], [1, 1]), (["a", "b"], [1])):
+        with pytest.raises(DataError, match="expected at least two, each with its own label"):
+            community.load_community([], community.Columns("annotator", "asked", answers, "best", labels=labels))
+    with pytest.raises(DataError, match=r"languages are \['en'\], but no column of the language is named"):
+        community.load_community([marked("ada", 1)], numbered, languages=["en"])
+    with pytest.raises(DataError, match="no 'a'; the columns of the row are: asked"):
+        community.load_community([{"asked": "?"}], numbered)
+
+
+# -- Argilla
+
+
+def exported(question: str, answers: list[object], users: list[object] | None = None, status: list[str] | None = None) -> Row:
+    who = [f"user-{i}" for i in range(len(answers))] if users is None else users
+    return {
+        **{"instruction": "Lunch?", "response-1": "Soup.", "response-2": "Bread.", "response-3": "Rice."},
+        **{f"{question}.responses": answers, f"{question}.responses.users": who},
+        f"{question}.responses.status": ["submitted"] * len(answers) if status is None else status,
+    }
+
+
+def test_argilla_rankings_in_both_forms(tmp_path: Path) -> None:
+    ranked = [{"value": "response-2", "rank": 1}, {"value": "response-1", "rank": 2}, {"value": "response-3", "rank": 2}]
+    rows = [
+        exported("order", [["response-3", "response-1", "response-2"], ranked], status=["submitted", "submitted"]),
+        exported("order", [["response-1", "response-2"], ["response-1", "response-2"]], ["eve", "dan"], ["draft", "discarded"]),
+        exported("order", [["response-9", "response-1"], ["response-2", "response-1"]], ["fay", "gus"]),
+        exported("order", []) | {"order.responses": None},
+        exported("order", [["response-1"]], ["a", "b"]),
+    ]
+    fields = ["response-1", "response-2", "response-3"]
+    pairs, report = argilla_rankings(jsonl(tmp_path / "x.jsonl", rows), "order", prompt="instruction", answers=fields)
+    assert sides(pairs) == [
+        *(("user-0", "Rice.", "Soup."), ("user-0", "Rice.", "Bread."), ("user-0", "Soup.", "Bread.")),
+        *(("user-1", "Bread.", "Soup."), ("user-1", "Bread.", "Rice.")),
+        ("gus", "Bread.", "Soup."),  # whose neighbour's answer is bad, and theirs not
+    ]
+    assert pairs.weight.tolist() == pytest.approx([1 / 3] * 3 + [1 / 2] * 2 + [1])
+    assert [row.line for row in report.bad_rows] == [3, 5]
+    assert "annotator 'fay': order.responses ranks 'response-9'" in str(report.bad_rows[0])
+    assert "order has 1 responses by 2 users with 1 states" in str(report.bad_rows[1])
+    tied, _ = argilla_rankings(rows, "order", prompt="instruction", answers=fields, ties=True)
+    assert int(tied.tie.sum()) == 1
+    renamed = [exported("order", [["A", "B"]])]
+    found, _ = argilla_rankings(renamed, "order", prompt="instruction", answers={"A": "response-1", "B": "response-3"})
+    assert sides(found) == [("user-0", "Soup.", "Rice.")]
+
+
+def test_argilla_labels() -> None:
+    labels = {"first": "response-1", "second": "response-2", "same": None}
+    rows = [exported("which", ["first", "second", "same", "neither"])]
+    pairs, report = argilla_labels(rows, "which", prompt="instruction", labels=labels)
+    assert sides(pairs) == [("user-0", "Soup.", "Bread."), ("user-1", "Bread.", "Soup."), ("user-2", "Soup.", "Bread.")]
+    assert pairs.tie.tolist() == [False, False, True]
+    assert "annotator 'user-3': the label is 'neither'; expected one of first, second, same" in str(report.bad_rows[0])
+    with pytest.raises(DataError, match="expected labels that prefer one of two fields"):
+        argilla_labels(rows, "which", prompt="instruction", labels={"first": "response-1"})
+    with pytest.raises(DataError, match=r"no 'other\.responses'"):
+        argilla_labels(rows, "other", prompt="instruction", labels=labels)
+
+
+def test_argilla_ratings_are_compared_across_records() -> None:
+    rows = [
+        exported("stars", [5, 1, 3]) | {"answer": "Soup."},
+        exported("stars", [2, 4, 3]) | {"answer": "Bread."},
+        exported("stars", [9]) | {"answer": "Cake.", "instruction": "Dinner?"},  # nothing else to the same prompt
+        exported("stars", ["many", 3], ["user-0", ""]) | {"answer": "Rice."},
+        exported("stars", [1]) | {"answer": " "},
+    ]
+    pairs, report = argilla_ratings(rows, "stars", prompt="instruction", answer="answer")
+    assert sides(pairs) == [("user-0", "Soup.", "Bread."), ("user-1", "Bread.", "Soup.")]
+    assert pairs.margin.tolist() == [3, 3]
+    assert (report.n_good, report.n_bad, report.rows) == (2, 3, 5)
+    assert dict(report.reasons) == {"wrong_type": 2, "missing_user": 1}
+    assert [row.line for row in report.bad_rows] == [4, 4, 5]
+    tied, _ = argilla_ratings(rows, "stars", prompt="instruction", answer="answer", ties=True)
+    assert sides(tied)[2] == ("user-2", "Soup.", "Bread.")
+    assert bool(tied.tie[2])
+
+
+# -- by name
+
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+def test_prepared_rows_read_back_as_they_are(tmp_path: Path, palate_command: Run) -> None:
+    conversations = jsonl(tmp_path / "conversations.jsonl", [plain(f"user {u}", i) for u in range(6) for i in range(6)])
+    out = tmp_path / "rows.jsonl.gz"
+    code, said_, err = palate_command("data", "prepare", "prism-mrm", conversations, "--out", out)
+    assert (code, said_.strip(), "72 choices" in err) == (0, str(out), True)
+    expected = prism_split(load_prism(conversations)[0])
+    again = palate.load_pairs(out)
+    assert again.fingerprint() == expected.fingerprint()
+    assert again.split.tolist() == expected.split.tolist()
+    assert again.conversation.tolist() == expected.conversation.tolist()
+    survey = jsonl(tmp_path / "survey.jsonl", [{"user_id": "user 0", "num_completed_conversations": 0}])
+    options = ("--out", out, "--seed", 5)
+    assert palate_command("data", "prepare", "prism-lore-corrected", conversations, survey, *options)[0] == 0
+    fewer = palate.load_pairs(out)
+    assert "user 0" not in fewer.user_ids
+    assert fewer.split.tolist() == prism_split(fewer, LORE_CORRECTED, seed=5).split.tolist()
+
+
+def test_every_recipe_is_prepared_by_its_name(tmp_path: Path) -> None:
+    conversations = [plain(f"user {u}", i) for u in range(6) for i in range(6)]
+    comparisons = [compared(worker, i) for worker in "abcdef" for i in range(60)]
+    judged = [{"user_id": f"u{i}", "context": "Why?", "chosen": "So.", "rejected": "No."} for i in range(4)]
+    scores = prompts(50)
+    new = [persona(0, "a pilot", 1), persona(1, "a poet", 0)]
+    given: dict[str, list[list[Row]]] = {
+        **{name: [conversations] for name in ("prism-mrm", "prism-lore-paper", "prism-lore-corrected")},
+        **{name: [comparisons, comparisons[::-1]] for name in ("tldr-mrm", "tldr-lore")},
+        "tldr-paper": [comparisons],
+        **{name: [scores, scores] for name in ("personalllm-lore", "personalllm-random")},
+        "arena": [judged, [row | {"context": "How?"} for row in judged], [row | {"context": "When?"} for row in judged]],
+        "personas": [[persona(0, "a baker", 1)], [persona(0, "a baker", 1, "v")], new, [persona(0, "a pilot", 0, "t")]],
+    }
+    assert {*given, "attributes"} == set(recipes.RECIPES)  # that one has a test of its own below
+    for name, parts in given.items():
+        files = [jsonl(tmp_path / f"{name}-{i}.jsonl", part) for i, part in enumerate(parts)]
+        pairs, report = recipes.prepared(name, files)
+        split = given_split(pairs)
+        assert all(len(getattr(split, side)) for side in ("train", "test_seen", "support", "test_unseen")), name
+        assert report is not None
+        assert recipes.prepared(name, files)[0].fingerprint() == pairs.fingerprint(), name
+
+
+def test_recipes_that_cannot_be(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="there is no recipe 'prism'; expected one of prism-mrm, prism-lore-paper"):
+        recipes.prepared("prism", [])
+    with pytest.raises(DataError, match=r"arena got 2 files; expected train, val, test"):
+        recipes.prepared("arena", [tmp_path, tmp_path])
+    with pytest.raises(DataError, match="attributes got 1 files; expected none, because it generates its rows"):
+        recipes.prepared("attributes", [tmp_path])
+    with pytest.raises(DataError, match="tldr-paper got 0 files"):
+        recipes.prepared("tldr-paper", [])
+
+
+# -- in one go with the rest
+
+
+def test_a_prepared_set_goes_through_a_comparison() -> None:
+    pairs, report = recipes.prepared("attributes", [])
+    assert (report, len(pairs), len(given_split(pairs).train)) == (None, 84 * 80, 60 * 40)
+    some = pairs[np.arange(0, len(pairs), 20)]
+    found = palate.compare(some, Items(), {"bt": palate.BradleyTerry()}, seeds=1, shots=(None,), by="prompt")
+    assert set(found.columns["cohort"]) == {"seen", "unseen"}
