@@ -29,7 +29,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from benchmarks.accuracy import encoder, of_busy_users, one_table, say
+from benchmarks.accuracy import encoder, of_busy_users, say
+from palate.bench.protocols import one_table
 from palate.data.embeddings import Dense
 from palate.data.pairs import EmbeddedPairs, PairSet
 from palate.data.planted import two_groups
