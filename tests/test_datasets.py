@@ -122,6 +122,17 @@ def test_prism_of_the_lore_paper_counts_characters(tmp_path: Path) -> None:
     assert Counter(found.conversation) == {"ada-0": 2, "ada-1": 1}  # a side of 2399 characters stays, one of 2400 goes
 
 
+def test_prism_words_that_are_none_are_no_text(tmp_path: Path) -> None:
+    broken = talk("ada", 1, turn(0, "Q1", None, "no"), turn(1, "Q2", "yes", "no"))  # type: ignore[arg-type]
+    path = jsonl(tmp_path / "conversations.jsonl", [plain("ada", 0), broken])
+    for recipe in (MRM, LORE_PAPER):
+        pairs, report = load_prism(path, min_conversations=2, recipe=recipe)
+        assert (len(pairs), dict(report.reasons)) == (2, {"wrong_type": 2})
+        assert not any("None" in text.prompt_text for text in pairs.texts)
+    with pytest.raises(DataError, match=r"line 1: TypeError\(\"user_id is \['ada'\]"):
+        load_prism(jsonl(path, [plain("ada", 0) | {"user_id": ["ada"]}]))
+
+
 def test_prism_history_has_the_chosen_answers_only(tmp_path: Path) -> None:
     turns = [
         turn(0, "One?", "first", "never 1", "never 2"),
@@ -224,6 +235,18 @@ def test_tldr_of_lores_code_drops_the_two_smallest_workers() -> None:
         load_tldr_lore([row for row in train if row["worker"] in "abc"], validation)
 
 
+def test_tldr_comparisons_of_articles_have_no_post() -> None:
+    rows = [compared(worker, i) for worker in "ab" for i in range(4)]
+    news = compared("a", 9) | {"info": {"post": None, "title": None, "article": "News."}}
+    pairs, report = load_tldr(rows, [*rows, news])
+    assert (len(pairs), report.n_bad, dict(report.reasons)) == (16, 1, {"empty_text": 1})
+    assert "info.post of validation 8 is None; expected a post" in str(report.bad_rows[0])
+    assert all(text.prompt_text for text in pairs.texts)
+    for worker in (3, None, ["a"]):
+        with pytest.raises(DataError, match=r"train row 0: TypeError.*expected .* worker \(a text\)"):
+            load_tldr([compared("a", 1) | {"worker": worker}, *rows], rows)
+
+
 def test_tldr_reads_parquet(tmp_path: Path) -> None:
     pyarrow = pytest.importorskip("pyarrow")
     from pyarrow import parquet
@@ -324,6 +347,17 @@ def test_personalllm_rows_that_cannot_be(tmp_path: Path) -> None:
         DataError, match=r"score_column is 'reward'; expected the name of a column with \{answer\} and \{scorer\}"
     ):
         load_personalllm([good], score_column="reward")
+    with pytest.raises(DataError, match=r"no 'gemma_2b\{1\}\{x\}'"):
+        load_personalllm([good], score_column="{scorer}{{answer}}{x}")
+
+
+def test_personalllm_has_every_prompt_once() -> None:
+    rows = prompts(3)
+    again = rows[0] | {"response_1_gemma_2b": 9.0}
+    other = rows[0] | {"response_1": "Another answer."}
+    data, report = load_personalllm([*rows, again, other])
+    assert (data.prompts, report.n_good, dict(report.reasons)) == (("p0", "p1", "p2", "p0"), 4, {"duplicate": 1})
+    assert "line 4: the prompt and its answers are those of line 1" in str(report.bad_rows[0])
 
 
 def oracle(data: ScoredAnswers, weights: Any, prompt: int) -> Any:
@@ -537,6 +571,12 @@ def test_arena_rows_in_all_their_forms(tmp_path: Path) -> None:
     assert Counter(pairs.split) == {"train": 4, "test_seen": 2, "support": 2, "test_unseen": 1}
     assert len(set(pairs.users[pairs.split == "support"])) == 1
     assert set(pairs.users[pairs.split == "support"]) == set(pairs.users[pairs.split == "test_unseen"])
+    whole = [{"role": "user", "content": "What?"}, turned]
+    talks = [{"user_id": "ada", "context": "", "chosen": whole, "rejected": [whole[0], {"role": "assistant", "content": "No."}]}]
+    talks += [talks[0] | {"rejected": [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "No."}]}]
+    told, report = arena.load_arena(talks, val, test)
+    assert told.texts[told.chosen[0]].prompt_text == "What?"  # it is nowhere but in front of the answers
+    assert (report.n_bad, "answer different turns" in str(report.bad_rows[0])) == (1, True)
     everybody, _ = arena.load_arena(train, val, test, unseen=0.0)
     assert Counter(everybody.split) == {"train": 6, "test_seen": 3}
     renamed = [{"who": "ada", "before": "Why?", "chosen": "a", "rejected": "b"}]
@@ -652,6 +692,8 @@ def test_argilla_ratings_are_compared_across_records() -> None:
     assert (report.n_good, report.n_bad, report.rows) == (2, 3, 5)
     assert dict(report.reasons) == {"wrong_type": 2, "missing_user": 1}
     assert [row.line for row in report.bad_rows] == [4, 4, 5]
+    with pytest.raises(DataError, match=r"rows of a list: 0 of 2 rows are good, 2 are bad .*\n  line 1: no 'other\.responses'"):
+        argilla_ratings(rows[:2], "other", prompt="instruction", answer="answer")
     tied, _ = argilla_ratings(rows, "stars", prompt="instruction", answer="answer", ties=True)
     assert sides(tied)[2] == ("user-2", "Soup.", "Bread.")
     assert bool(tied.tie[2])
@@ -681,6 +723,15 @@ def test_prepared_rows_read_back_as_they_are(tmp_path: Path, palate_command: Run
     assert fewer.split.tolist() == prism_split(fewer, LORE_CORRECTED, seed=5).split.tolist()
 
 
+def test_what_is_left_out_of_any_file_is_said(tmp_path: Path, palate_command: Run) -> None:
+    good = prompts(50)
+    files = [jsonl(tmp_path / name, [*good, good[0] | {"prompt": " "}]) for name in ("train.jsonl", "test.jsonl")]
+    code, _, err = palate_command("data", "prepare", "personalllm-lore", *files, "--out", tmp_path / "rows.jsonl")
+    assert code == 0
+    said_ = " ".join(err.split())
+    assert all(f"{file.name}: 50 of 51 rows are good" in said_ for file in files)
+
+
 def test_every_recipe_is_prepared_by_its_name(tmp_path: Path) -> None:
     conversations = [plain(f"user {u}", i) for u in range(6) for i in range(6)]
     comparisons = [compared(worker, i) for worker in "abcdef" for i in range(60)]
@@ -698,10 +749,10 @@ def test_every_recipe_is_prepared_by_its_name(tmp_path: Path) -> None:
     assert {*given, "attributes"} == set(recipes.RECIPES)  # that one has a test of its own below
     for name, parts in given.items():
         files = [jsonl(tmp_path / f"{name}-{i}.jsonl", part) for i, part in enumerate(parts)]
-        pairs, report = recipes.prepared(name, files)
+        pairs, reports = recipes.prepared(name, files)
         split = given_split(pairs)
         assert all(len(getattr(split, side)) for side in ("train", "test_seen", "support", "test_unseen")), name
-        assert report is not None
+        assert len(reports) == (2 if name.startswith("personalllm") else 1)
         assert recipes.prepared(name, files)[0].fingerprint() == pairs.fingerprint(), name
 
 
@@ -720,8 +771,8 @@ def test_recipes_that_cannot_be(tmp_path: Path) -> None:
 
 
 def test_a_prepared_set_goes_through_a_comparison() -> None:
-    pairs, report = recipes.prepared("attributes", [])
-    assert (report, len(pairs), len(given_split(pairs).train)) == (None, 84 * 80, 60 * 40)
+    pairs, reports = recipes.prepared("attributes", [])
+    assert (reports, len(pairs), len(given_split(pairs).train)) == ((), 84 * 80, 60 * 40)
     some = pairs[np.arange(0, len(pairs), 20)]
     found = palate.compare(some, Items(), {"bt": palate.BradleyTerry()}, seeds=1, shots=(None,), by="prompt")
     assert set(found.columns["cohort"]) == {"seen", "unseen"}

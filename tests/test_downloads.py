@@ -253,6 +253,19 @@ def test_a_transfer_that_stops_goes_on_where_it_was(hub: Hub, tmp_path: Path, mo
     assert not list(tmp_path.glob("*.partial"))
 
 
+def test_what_is_left_of_more_than_the_file_is_begun_anew(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub.status = lambda path: 500 if "conversations" in path else None
+    with pytest.raises(DataError, match="answered HTTP 500 about"):
+        get(prism(), tmp_path)
+    (partial,) = tmp_path.glob("conversations.*.partial")
+    partial.write_bytes(CONVERSATIONS * 2)  # as two processes would leave it
+    hub.status = lambda path: None
+    hub.asked.clear()
+    get(prism(), tmp_path)
+    assert (tmp_path / "conversations.jsonl").read_bytes() == CONVERSATIONS
+    assert not any("bytes=" in line for line in hub.asked)
+
+
 def test_a_source_that_refuses(hub: Hub, tmp_path: Path) -> None:
     nobody = Published(**{**vars(prism()), "repo": "nobody/nothing"})
     with pytest.raises(DataError, match=r"has no data set nobody/nothing, or it is private: look at https://huggingface\.co"):

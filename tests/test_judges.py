@@ -252,6 +252,12 @@ def test_briefs_are_saved_edited_in_an_editor_and_loaded(tmp_path: Path) -> None
     path.write_text("not json\n")
     with pytest.raises(DataError, match="line 1"):
         load_briefs(path)
+    save_briefs(briefs, path)
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", b"\r\n"))  # as some editors save it
+    assert load_briefs(path) == briefs
+    path.write_bytes('{"user_id": "bö"}'.encode("latin-1"))
+    with pytest.raises(DataError, match=r"briefs\.jsonl is not UTF-8 .*; save it as UTF-8"):
+        load_briefs(path)
 
 
 @pytest.mark.parametrize(
@@ -348,6 +354,12 @@ def test_broken_json_fails_alone_and_half_a_body_is_no_answer(server: Server) ->
     assert [one.text for one in out if isinstance(one, Reply)] == [f"Question {i}" for i in (0, 1, 3, 4)]
     assert isinstance(out[2], ChatError)
     assert (out[2].kind, "no JSON" in str(out[2])) == ("malformed", True)
+    server.raw = lambda text: text if b"Question 2" not in text else b"[" * 100_000  # deeper than a parser goes
+    asked = chat(server)
+    assert [type(one) for one in asked.ask_all(questions(5))] == [Reply, Reply, ChatError, Reply, Reply]
+    assert (asked.ledger.calls, asked.ledger.unmetered) == (5, 1)
+    with pytest.raises(DataError, match="1 of 5 answers came without a count"):  # it was paid for, nobody knows how much
+        asked.ledger.cost(Prices(1.0, 1.0))
 
 
 @LOCAL
@@ -467,6 +479,17 @@ def test_what_newer_models_want_is_sent_and_is_part_of_the_key(server: Server, t
     assert newer.ask(ASKED, max_tokens=9).text != first.text
 
 
+@LOCAL
+@pytest.mark.parametrize("seed", [None, 5])
+def test_samples_are_asked_one_by_one_where_the_server_takes_no_seed(server: Server, tmp_path: Path, seed: int | None) -> None:
+    asked = chat(server, cache=tmp_path, fields={"seed": seed})
+    judge = InContext(asked, samples=3, temperature=0.7)
+    assert len(judge.judge(None, "Hm?", "tea", "rain").answers) == len(server.seen) == 6
+    assert {body.get("seed") for body in server.seen} == {seed}
+    judge.judge(None, "Hm?", "tea", "rain")
+    assert (len(server.seen), asked.ledger.cached) == (6, 6)
+
+
 def test_the_address_is_that_of_the_environment_where_none_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OPENAI_BASE_URL", "http://127.0.0.1:9/v1")
     assert Chat("stub").server.url == "http://127.0.0.1:9/v1"
@@ -475,7 +498,7 @@ def test_the_address_is_that_of_the_environment_where_none_is_given(monkeypatch:
 
 
 @LOCAL
-@pytest.mark.parametrize("damage", ["", "{", "[]", '{"reply": {"text": 3}}', '{"reply": {"text": "x"}}'])
+@pytest.mark.parametrize("damage", ["", "{", "[" * 100_000, "[]", '{"reply": {"text": 3}}', '{"reply": {"text": "x"}}'])
 def test_a_damaged_answer_is_asked_for_again(server: Server, tmp_path: Path, damage: str) -> None:
     server.answer = lambda body: "Yes."
     asked = chat(server, cache=tmp_path)
@@ -554,6 +577,10 @@ def test_what_a_server_does_not_count_is_not_free(server: Server) -> None:
     assert asked.ask(ASKED)[1:3] == (None, None)
     with pytest.raises(DataError, match="1 of 1 answers came without a count"):
         asked.ledger.cost(Prices(1.0, 1.0))
+    thrifty = chat(server, ledger=Ledger(max_tokens=1100), workers=1)
+    out = thrifty.ask_all(questions(5))  # of up to 512 tokens each, and of what the first two took nothing is known
+    assert [type(one) for one in out] == [Reply, Reply, ChatError, ChatError, ChatError]
+    assert "1024 held for answers under way or not counted" in str(out[2])
 
 
 @LOCAL
@@ -649,7 +676,8 @@ def test_scores_outside_their_range_are_none(said: str, expected: float | None) 
 
 
 @pytest.mark.parametrize(
-    ("said", "expected"), [("73", 0.73), ("73 %", 0.73), ("0", 0.01), ("100", 0.99), ("101", None), ("-3", None)]
+    ("said", "expected"),
+    [("73", 0.73), ("73 %", 0.73), ("0", 0.01), ("100", 0.99), ("101", None), ("-3", None), ("0.7", None), ("0.7 %", 0.01)],
 )
 def test_a_stated_probability_is_held_within_reason(said: str, expected: float | None) -> None:
     judge, fence = Reasoning(Chat("stub", base_url="http://127.0.0.1:9/v1"), answer="percent"), Fence(["tea"])
@@ -678,6 +706,9 @@ def test_one_order_alone_is_no_verdict(server: Server, stub: Any) -> None:
     assert [answer.p_first for answer in verdict.answers] == [1.0, None]
     assert verdict.reason is not None
     assert verdict.reason.startswith("unreadable in the swapped order")
+    server.answer = lambda body: "Hm." if stub.parts(body)["first response"] == "tea" else stub.answered(body)
+    verdict = Reasoning(chat(server), tries=1).judge(None, "Hm?", "tea", "rain")
+    assert (verdict.p_first, verdict.thought) == (None, "")  # what was thought of the other order is of other places
 
 
 HOSTILE = (
@@ -783,11 +814,7 @@ def test_more_samples_make_a_better_verdict(server: Server, stub: Any) -> None:
     def unsure(body: Any) -> str:
         draw = np.random.default_rng([body["seed"], *json.dumps(body["messages"]).encode()]).random()
         said: str = stub.answered(body)
-        return (
-            said
-            if draw < 0.7
-            else said.translate(str.maketrans({})).replace("First", "?").replace("Second", "First").replace("?", "Second")
-        )
+        return said if draw < 0.7 else said.replace("First", "?").replace("Second", "First").replace("?", "Second")
 
     server.answer = unsure
     found = [float(np.mean(accuracy(InContext(chat(server), samples=n, temperature=1.0), support, test))) for n in (1, 9)]
@@ -835,6 +862,12 @@ def test_scores_that_cannot_be_read_are_none_and_the_others_count(server: Server
     server.answer = lambda body: "Two words."
     with pytest.raises(ChatError, match="cut off at 1 tokens"):
         Reasoning(chat(server), max_tokens=1).refine("Hm?", "tea", "Too short.")
+    server.answer = lambda body: "<think>\nThe user likes rain.\n</think>\n\nRain."
+    assert Reasoning(chat(server)).refine("Hm?", "tea", "Too short.") == "Rain."
+    server.answer = lambda body: "<think>The user"
+    with pytest.raises(ChatError, match="wrote no response") as caught:
+        Reasoning(chat(server)).refine("Hm?", "tea", "Too short.")
+    assert caught.value.kind == "empty"
 
 
 def test_every_judge_is_a_judge_and_a_turned_verdict_turns_back() -> None:
@@ -916,15 +949,44 @@ def test_the_command_takes_summaries_from_an_editor(
 
 
 @LOCAL
-def test_the_command_runs_plus(server: Server, judge_command: Callable[..., tuple[int, str, str]], tmp_path: Path) -> None:
+def test_the_command_shows_what_the_briefs_hold_and_leaves_them_alone(
+    server: Server, judge_command: Callable[..., tuple[int, str, str]], tmp_path: Path
+) -> None:
+    rows, out = rows_of(planted(10, 16)[0], tmp_path / "rows.jsonl"), tmp_path / "out"
+    command = (rows, "--base-url", server.url, "--model", "stub", "--out", out)
+    path = out / "briefs.jsonl"
+    judge_command(*command, "--memory", "summary")
+    mine = path.read_bytes()
+    code, _, err = judge_command(*command, "--briefs", path)  # a summary is shown as one, without being asked for
+    assert (code, Evaluation.load(out / "results.jsonl").columns["accuracy"].tolist()) == (0, [1.0] * 5)
+    assert "strangers" not in err
+    code, _, err = judge_command(*command, "--briefs", path, "--seed", 1)  # other users are unseen
+    assert code == 0
+    assert re.search(r"has no brief of \d of them, such as 'u\d': judged as strangers", err)
+    assert path.read_bytes() == mine
+    code, _, err = judge_command(*command, "--briefs", path, "--memory", "recent:5")
+    assert (code, "--memory recent:5 shows the choices of a brief, and none of the 5 in --briefs has any" in err) == (2, True)
+    judge_command(*command)
+    code, _, err = judge_command(*command, "--briefs", path, "--memory", "summary")
+    assert (code, "--memory summary shows the text of a brief" in err) == (2, True)
+
+
+@LOCAL
+def test_the_command_runs_plus(
+    server: Server, stub: Any, judge_command: Callable[..., tuple[int, str, str]], tmp_path: Path
+) -> None:
     rows = rows_of(planted(10, 16)[0], tmp_path / "rows.jsonl")
     command = (rows, "--base-url", server.url, "--model", "stub", "--out", tmp_path / "out")
     code, _, _ = judge_command(*command, "--method", "plus", "--encoder", "style")
     assert code == 0
     assert len(server.seen) == 10  # one summary a user, seen or unseen, and no request for a verdict
-    assert load_briefs(tmp_path / "out" / "briefs.jsonl").keys() == set(
-        Evaluation.load(tmp_path / "out" / "results.jsonl").columns["user"]
-    )
+    unseen = set(Evaluation.load(tmp_path / "out" / "results.jsonl").columns["user"])
+    assert load_briefs(tmp_path / "out" / "briefs.jsonl").keys() == unseen
+    (lost, *_) = {f"u{u}" for u in range(10)} - unseen
+    asked = f"Question {lost[1:]}/"
+    server.answer = lambda body: stub.Status(400, {}, "no") if asked in str(body) else stub.answered(body)
+    code, _, err = judge_command(*command[:-1], tmp_path / "other", "--method", "plus", "--encoder", "style")
+    assert (code, f"1 of 5 seen users have no summary, such as '{lost}': endpoint: " in err) == (0, True)
 
 
 @pytest.mark.parametrize(
@@ -936,6 +998,7 @@ def test_the_command_runs_plus(server: Server, judge_command: Callable[..., tupl
         (["--method", "synthesize-me", "--memory", "recent:5"], "keeps its own"),
         (["--method", "reasoning", "--answer", "yes"], "--answer is 'yes'"),
         (["--price", "cheap"], "--price is 'cheap'"),
+        (["--price", "nan,1"], "--price is 'nan,1'"),
         (["--fields", "[1]"], "--fields is '[1]'"),
         (["--fields", "x"], "--fields is 'x'"),
         (["--fields", '{"stream": true}'], "fields sets stream"),

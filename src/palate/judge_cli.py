@@ -74,7 +74,7 @@ def judge(
         str | None,
         typer.Option(help="What a user's two sides must not share: conversation, prompt, item or pair; by default as compare."),
     ] = None,
-    max_support: Annotated[int | None, typer.Option(help="At most so many choices to study, a user.", min=0)] = None,
+    max_support: Annotated[int | None, typer.Option(help="At most so many choices to study, a user.", min=1)] = None,
     max_test: Annotated[int | None, typer.Option(help="At most so many choices to judge, a user.", min=1)] = None,
     max_calls: Annotated[int | None, typer.Option(help="Stop after so many requests, with what there is.", min=0)] = None,
     max_tokens: Annotated[int | None, typer.Option(help="Stop at about so many tokens, with what there is.", min=0)] = None,
@@ -123,6 +123,8 @@ def judge(
     judge_ = _judge(asked, chat, pairs[parts.train], by, known)
     out.mkdir(parents=True, exist_ok=True)
     terminal.note(f"{len(test)} choices of {len(test.user_ids)} unseen users, judged by {model} ({method})")
+    if known is not None and (strangers := set(test.user_ids) - set(known)):
+        terminal.note(f"{briefs} has no brief of {len(strangers)} of them, such as {min(strangers)!r}: judged as strangers")
     with terminal.progress("Studying and judging"):
         found = judged(
             judge_,
@@ -134,7 +136,9 @@ def judge(
             data_set=rows.resolve().name,
             ledger=account,
         )
-    save_briefs(found.briefs, out / "briefs.jsonl")
+    kept = out / "briefs.jsonl"
+    if briefs is None or briefs.resolve() != kept.resolve():  # what somebody edited is theirs, also of users not judged here
+        save_briefs(found.briefs, kept)
     _save_verdicts(found, test, parts, out / "verdicts.jsonl")
     found.evaluation.save(out / "results.jsonl")
     _show(found, method)
@@ -148,15 +152,17 @@ def judge(
 
 
 def _prices(text: str | None) -> "Prices | None":
-    from palate.judges.ledger import Prices
+    from palate.judges.ledger import Ledger, Prices
 
     if text is None:
         return None
     try:
         prompt, completion = (float(part) for part in text.split(","))
+        prices = Prices(prompt, completion)
+        Ledger().cost(prices)  # refuses what is no price now, and not when the money is spent
     except ValueError as error:
-        raise DataError(f"--price is {text!r}; expected two numbers, such as 0.15,0.60") from error
-    return Prices(prompt, completion)
+        raise DataError(f"--price is {text!r}; expected two numbers from 0, such as 0.15,0.60") from error
+    return prices
 
 
 def _fields(text: str | None) -> dict[str, Any] | None:
@@ -202,11 +208,17 @@ def _memory(asked: Asked, chat: "Chat", briefs: "dict[str, Brief] | None") -> "M
     from palate.judges.memory import Abstract, Raw
     from palate.judges.plus import Summaries
 
-    kind, _, number = (asked.memory or USUAL_MEMORY).partition(":")
-    if kind == "summary" and not number:
-        return Abstract(Summaries(chat, seed=asked.seed) if briefs is None else None)
-    if kind not in ("recent", "similar") or not number.isdecimal():
+    written = [] if briefs is None else list(briefs.values())
+    words, choices = any(brief.text for brief in written), any(brief.demos for brief in written)
+    memory = asked.memory or ("summary" if words and not choices else USUAL_MEMORY)
+    kind, _, number = memory.partition(":")
+    if not (memory == "summary" or (kind in ("recent", "similar") and number.isdecimal())):
         raise DataError(f"--memory is {asked.memory!r}; expected recent:N, similar:N or summary")
+    if briefs is not None and not (words if kind == "summary" else choices):
+        what = "text" if kind == "summary" else "choices"
+        raise DataError(f"--memory {memory} shows the {what} of a brief, and none of the {len(written)} in --briefs has any")
+    if kind == "summary":
+        return Abstract(Summaries(chat, seed=asked.seed) if briefs is None else None)
     if kind == "recent":
         return Raw(int(number))
     return Raw(int(number), by="similar", encoder=cache_cli.encoder(asked.encoder))
@@ -223,6 +235,9 @@ def _own_memory(asked: Asked, chat: "Chat", train: "PairSet", by: str | None) ->
     told, held = _halves(train, by, asked.seed)
     with terminal.progress("Summing up the seen users"):
         summaries = writer.study(told)
+    if writer.failed:
+        user, why = next(iter(writer.failed.items()))
+        terminal.note(f"{len(writer.failed)} of {len(told.user_ids)} seen users have no summary, such as {user!r}: {why}")
     with terminal.progress("Fitting the reward"):
         reward = PlusReward.fit(held, cache_cli.encoder(asked.encoder), summaries, seed=asked.seed)
     reward.writer = writer
@@ -240,16 +255,16 @@ def _halves(train: "PairSet", by: str | None, seed: int) -> "tuple[PairSet, Pair
 
 
 def _save_verdicts(found: "Judged", test: "PairSet", parts: "Split", path: Path) -> None:
+    from palate.judges.base import save_lines
+
     lines = []
     for row, (user, verdict) in enumerate(zip(test.users.tolist(), found.verdicts, strict=True)):
         if verdict is None:
             continue
         answers = [answer._asdict() for answer in verdict.answers]
         about = {"row": int(parts.test_unseen[row]), "user_id": user, "p_chosen": verdict.p_first, "reason": verdict.reason}
-        lines.append(json.dumps(about | {"thought": verdict.thought, "answers": answers}, ensure_ascii=False))
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8", errors="replace")
-    partial.replace(path)
+        lines.append(about | {"thought": verdict.thought, "answers": answers})
+    save_lines(lines, path)
 
 
 def _show(found: "Judged", method: str) -> None:

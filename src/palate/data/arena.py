@@ -24,7 +24,8 @@ class Columns:
     Attributes:
         user: who chose.
         context: what came before the two answers: a text, or a list of turns with `role` and `content`.
-        chosen, rejected: the answers: texts, turns, or lists that end with the answer's turn.
+        chosen, rejected: the answers: texts, turns, or lists that end with the answer's turn. The turns before it have to be the
+            same on both sides, and are the context where that is empty.
     """
 
     user: str = "user_id"
@@ -68,29 +69,26 @@ def load_arena(
 
 def _meaning(named: Columns, side: str) -> Meaning:
     def rows(row: Mapping[str, Any]) -> Iterator[Row]:
-        before = row[named.context]
-        yield {
-            "user_id": row[named.user],
-            "prompt": before if isinstance(before, str) else _turns(before, named.context),
-            "chosen": _answer(row, named.chosen),
-            "rejected": _answer(row, named.rejected),
-            "split": side,
-        }
+        context = row[named.context]
+        prompt = context if isinstance(context, str) else _turns(context, named.context)
+        (before, chosen), (other, rejected) = _answer(row, named.chosen), _answer(row, named.rejected)
+        if before != other:
+            raise DataError(f"{named.chosen} and {named.rejected} answer different turns; expected two answers to the same")
+        yield {"user_id": row[named.user], "prompt": prompt or before, "chosen": chosen, "rejected": rejected, "split": side}
 
     return rows
 
 
-def _answer(row: Mapping[str, Any], column: str) -> str:
-    """The words of an answer: a text, a turn, or the last turn of a list. Both sides go through these lines."""
+def _answer(row: Mapping[str, Any], column: str) -> tuple[list[Row], str]:
+    """The turns before an answer, and its words: a text, a turn, or the last turn of a list. The same lines for both sides."""
     value = row[column]
     if isinstance(value, str):
-        return value
+        return [], value
     turns = _turns([value] if isinstance(value, Mapping) else value, column)
     if not turns or turns[-1]["role"] != "assistant":
         last = turns[-1]["role"] if turns else "nobody"
         raise DataError(f"{column} ends with a turn of {last!r}; expected the answer of 'assistant'")
-    content: str = turns[-1]["content"]
-    return content
+    return turns[:-1], turns[-1]["content"]
 
 
 def _turns(value: object, column: str) -> list[Row]:

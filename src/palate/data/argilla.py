@@ -11,16 +11,14 @@ the caller names them. Only submitted answers count; drafts and discarded ones a
 | rating | a number for one answer | `argilla_ratings` |
 """
 
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 from palate.data.feedback import Ranking, Rating, from_rankings, from_ratings
 from palate.data.foreign import Row, Source, choices_in, number, records_of, said_by, text
 from palate.data.pairs import PairSet
 from palate.data.rows import Problem, Reason, as_row
-from palate.data.validation import BadRow, ValidationReport
+from palate.data.validation import Tally, ValidationReport
 from palate.errors import DataError
 
 
@@ -110,7 +108,7 @@ def argilla_ratings(
     Cost: ratings are compared across records, so they are all held in memory.
     """
     ratings: list[Rating] = []
-    bad: list[BadRow] = []
+    tally = Tally(source)
 
     def told(row: Mapping[str, Any]) -> list[Rating | Problem]:
         words = text(row, prompt), text(row, answer)
@@ -120,16 +118,16 @@ def argilla_ratings(
 
     for record in records_of(source, [prompt, answer, *_columns(question)]):
         if record.blank:
+            tally.add(record, [], [])
             continue
         found = said_by(record, told)
         for one in [found] if isinstance(found, Problem) else found:
             if isinstance(one, Problem):
-                bad.append(BadRow(record.line, (one,)))
+                tally.add(record, [], [one])
             else:
                 ratings.append(one)
     choices = map(as_row, from_ratings(ratings, ties=ties))
-    pairs, report = choices_in([(choices, lambda row: [dict(row)])], ())
-    return pairs, _with(report, bad)
+    return choices_in([(choices, lambda row: [dict(row)])], (), tally)
 
 
 def _rating(answer: _Answer, words: tuple[str, str], question: str) -> Rating | Problem:
@@ -178,17 +176,3 @@ def _known(fields: Mapping[str, str], name: str, question: str) -> str:
     if name not in fields:
         raise DataError(f"{question}.responses ranks {name!r:.60}; expected one of {', '.join(fields)}")
     return fields[name]
-
-
-def _with(report: ValidationReport, bad: list[BadRow]) -> ValidationReport:
-    """The report on the choices with the records that never became any."""
-    reasons = Counter(report.reasons)
-    for row in bad:
-        reasons.update({problem.reason.value for problem in row.problems})
-    return replace(
-        report,
-        rows=report.rows + len(bad),
-        n_bad=report.n_bad + len(bad),
-        reasons=dict(reasons),
-        bad_rows=(*bad, *report.bad_rows),
-    )

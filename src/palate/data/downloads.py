@@ -150,7 +150,8 @@ def _transfer(repo: str, commit: str, file: "RepoSibling", path: Path, right: _S
     partial = path.with_name(f"{path.name}.{content}.partial")
     with quiet(), partial.open("ab") as stream:
         if file.size is None or stream.tell() > file.size:
-            stream.truncate(0)
+            stream.seek(0)
+            stream.truncate()  # from where it stands, so that tell() below is 0 as well
         if stream.tell() != file.size:
             headers = build_hf_headers(library_name="palate", library_version=__version__)
             url = hf_hub_url(repo, file.rfilename, repo_type="dataset", revision=commit)

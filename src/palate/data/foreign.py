@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from palate.data.pairs import Choice, PairSet
+from palate.data.readers import some
 from palate.data.rows import Problem, Reason, Repeats, check_row
 from palate.data.sources import Record, csv_records, file_format, parquet_records, records, rows_in_memory
 from palate.data.splits import SIDES, Split
@@ -60,16 +61,19 @@ def said_by(record: Record, meaning: Callable[[Mapping[str, Any]], Any]) -> Any:
         return Problem(Reason.WRONG_TYPE, str(error))
 
 
-def choices_in(parts: Sequence[tuple[Source, Meaning]], required: Sequence[str]) -> tuple[PairSet, ValidationReport]:
+def choices_in(
+    parts: Sequence[tuple[Source, Meaning]], required: Sequence[str], tally: Tally | None = None
+) -> tuple[PairSet, ValidationReport]:
     """The good choices of some sources, each with what its records mean, and the report on the rest.
 
     A record may mean several choices (or say what is wrong with one of them), each of which is a row of the report; a record of
-    which nothing can be made is one bad row. Of several sources a bad row's message says which one its line is in, from 1.
+    which nothing can be made is one bad row. Of several sources a bad row's message says which one its line is in, from 1. A
+    `tally` of what was left out before goes on in the report.
 
     Raises:
         DataError: no good choice at all, or what `records_of` raises.
     """
-    tally, repeats = Tally(parts[0][0]), Repeats()
+    tally, repeats = tally or Tally(parts[0][0]), Repeats()
 
     def good() -> Iterator[Choice]:
         for number, (source, meaning) in enumerate(parts, start=1):
@@ -97,13 +101,6 @@ def _judged(row: "Row | Problem", line: int, repeats: Repeats) -> tuple[list[Cho
         return [], found
     repeat = repeats.check(found, line)
     return ([found], []) if repeat is None else ([], [repeat])
-
-
-def some(pairs: PairSet, report: ValidationReport) -> PairSet:
-    """`pairs`, if there are any; `DataError` with the first bad rows otherwise."""
-    if not len(pairs):
-        raise DataError(f"no choice to learn from in {report.summary()}\nexpected at least one good row")
-    return pairs
 
 
 def with_split(pairs: PairSet, split: Split) -> PairSet:

@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 
 from palate.data.foreign import Source, number, records_of, said_by, text
 from palate.data.pairs import PairSet, Text
-from palate.data.rows import Problem
+from palate.data.rows import Problem, Reason
 from palate.data.splits import SIDES
 from palate.data.validation import Tally, ValidationReport
 from palate.errors import DataError
@@ -123,8 +123,8 @@ def load_personalllm(
             raise DataError(f"{name} is {pattern!r}; expected the name of a column with {wanted} in it")
     numbers = range(1, N_ANSWERS + 1)
     texts = [f"response_{i}" for i in numbers]
-    scored = [[score_column.format(answer=i, scorer=scorer) for scorer in SCORERS] for i in numbers]
-    models = [] if model_column is None else [model_column.format(answer=i) for i in numbers]
+    scored = [[score_column.replace("{answer}", str(i)).replace("{scorer}", name) for name in SCORERS] for i in numbers]
+    models = [] if model_column is None else [model_column.replace("{answer}", str(i)) for i in numbers]
 
     def meaning(row: Mapping[str, Any]) -> tuple[str, tuple[str, ...], list[list[float]], tuple[str, ...]]:
         answers = tuple(text(row, column) for column in texts)
@@ -136,12 +136,18 @@ def load_personalllm(
 
     tally = Tally(source)
     kept: list[tuple[str, tuple[str, ...], list[list[float]], tuple[str, ...]]] = []
+    lines: dict[tuple[str, tuple[str, ...]], int] = {}  # of the prompts and answers that were kept
     for record in records_of(source, ["prompt", *texts, *(column for columns in scored for column in columns), *models]):
         found = None if record.blank else said_by(record, meaning)
         problems = [found] if isinstance(found, Problem) else []
-        tally.add(record._replace(row={}), [], problems)
         if found is not None and not problems:
-            kept.append(found)
+            first = lines.setdefault(found[:2], record.line)
+            if len(lines) > len(kept):
+                kept.append(found)
+            else:
+                message = f"the prompt and its answers are those of line {first}; keep one of them"
+                problems = [Problem(Reason.DUPLICATE, message)]
+        tally.add(record._replace(row={}), [], problems)
     report = tally.report()
     if not kept:
         raise DataError(f"no prompt with eight answers and their scores in {report.summary()}\nexpected at least one good row")

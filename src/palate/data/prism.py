@@ -179,6 +179,8 @@ def _without_conversations(path: Path) -> set[str]:
 def _conversations(path: Path, recipe: Recipe) -> Iterator[tuple[str, "list[Row] | None"]]:
     def told(row: Mapping[str, Any]) -> tuple[str, "list[Row] | None"]:
         user, conversation, turns = row["user_id"], row["conversation_id"], list(_turns(row["conversation_history"]))
+        if isinstance(user, list | dict):
+            raise TypeError(f"user_id is {user!r:.60}")
         counts = any(recipe.max_turn is None or turn.length <= recipe.max_turn for turn in turns)
         return user, list(_choices(user, conversation, turns, recipe)) if counts else None
 
@@ -217,8 +219,10 @@ def _choices(user: str, conversation: str, turns: list[_Turn], recipe: Recipe) -
     for turn in turns:
         talk = [*talk, {"role": "user", "content": turn.asked}]
         told = "\n".join(f"{said['role']}: {said['content']}" for said in talk) if len(talk) > 1 else turn.asked
+        # a turn without words has no text: as turns the row is reported, as a text it would say "None"
+        as_text = recipe.as_text and all(isinstance(said["content"], str) for said in talk)
         for other in turn.others:
-            row: Row = {"user_id": user, "conversation_id": conversation, "prompt": told if recipe.as_text else talk}
+            row: Row = {"user_id": user, "conversation_id": conversation, "prompt": told if as_text else talk}
             row |= {side: one["content"] for side, one in (("chosen", turn.chosen), ("rejected", other))}
             if recipe.max_side is not None and _size(told) + max(_size(row["chosen"]), _size(row["rejected"])) >= recipe.max_side:
                 continue

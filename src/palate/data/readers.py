@@ -23,7 +23,8 @@ def _read(source: "str | os.PathLike[str] | Iterable[object]", format: str | Non
     return PairSet.from_choices(good()), tally.report()
 
 
-def _some(pairs: PairSet, report: ValidationReport) -> PairSet:
+def some(pairs: PairSet, report: ValidationReport) -> PairSet:
+    """`pairs`, if there are any; `DataError` with the first bad rows otherwise."""
     if not len(pairs):
         raise DataError(f"no choice to learn from in {report.summary()}\nexpected at least one good row")
     return pairs
@@ -33,7 +34,7 @@ def _strict(pairs: PairSet, report: ValidationReport) -> PairSet:
     if report.n_bad:
         what = "`palate validate` writes the good rows on and sets the bad ones aside; load_valid_pairs leaves them out"
         raise DataError(f"{report.summary()}\n{what}")
-    return _some(pairs, report)
+    return some(pairs, report)
 
 
 def load_pairs(path_or_dataset: "str | os.PathLike[str] | Iterable[object]", format: str | None = None) -> PairSet:
@@ -70,7 +71,7 @@ def load_valid_pairs(
             path_or_dataset = list(path_or_dataset)
         validate(path_or_dataset, quarantine=quarantine, format=format)
     pairs, report = _read(path_or_dataset, format)
-    return _some(pairs, report), report
+    return some(pairs, report), report
 
 
 def load_polis(
@@ -90,4 +91,4 @@ def load_polis(
             yield from choices
 
     pairs = PairSet.from_choices(good())
-    return _some(pairs, tally.report()), tally.report()
+    return some(pairs, tally.report()), tally.report()

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from palate.data.prism import Recipe
     from palate.data.validation import ValidationReport
 
-    Prepared = tuple[PairSet, ValidationReport | None]
+    Prepared = tuple[PairSet, *tuple[ValidationReport, ...]]
     Files = Sequence[Path]
 
 
@@ -84,7 +84,7 @@ def _personas(files: "Files", seed: int | None) -> "Prepared":
 def _attributes(files: "Files", seed: int | None) -> "Prepared":
     from palate.data.attribute_texts import attribute_texts
 
-    return attribute_texts(seed or 0).pairs, None
+    return (attribute_texts(seed or 0).pairs,)
 
 
 def _simulated(standardised: bool) -> "Callable[[Files, int | None], Prepared]":
@@ -92,10 +92,13 @@ def _simulated(standardised: bool) -> "Callable[[Files, int | None], Prepared]":
         from palate.data.personalllm import best_and_worst, load_personalllm, two_at_random
 
         train, report = load_personalllm(files[0], standardised=standardised)
-        test, _ = load_personalllm(files[1], standardised=standardised)
+        test, of_test = load_personalllm(files[1], standardised=standardised)
+        n_test = min(100, len(test))
         if standardised:
-            return two_at_random(train, test, n_test=min(100, len(test)), seed=42 if seed is None else seed).pairs, report
-        return best_and_worst(train, test, n_test=min(100, len(test)), seed=seed or 0).pairs, report
+            users = two_at_random(train, test, n_test=n_test, seed=42 if seed is None else seed)
+        else:
+            users = best_and_worst(train, test, n_test=n_test, seed=seed or 0)
+        return users.pairs, report, of_test
 
     return run
 
@@ -115,8 +118,8 @@ RECIPES: Mapping[str, _Preparation] = {
 }
 
 
-def prepared(name: str, files: "Files", seed: int | None = None) -> "Prepared":
-    """The choices of a recipe with their split, and the report on rows that were left out (None where they are generated).
+def prepared(name: str, files: "Files", seed: int | None = None) -> "tuple[PairSet, tuple[ValidationReport, ...]]":
+    """The choices of a recipe with their split, and the reports on rows that were left out (none where they are generated).
 
     Args:
         name: one of `RECIPES`.
@@ -135,4 +138,5 @@ def prepared(name: str, files: "Files", seed: int | None = None) -> "Prepared":
     most = None if any(file.endswith("...") for file in wanted) else len(wanted)
     if len(files) < least or (most is not None and len(files) > most):
         raise DataError(f"{name} got {len(files)} files; expected {', '.join(wanted) or 'none, because it generates its rows'}")
-    return RECIPES[name].run(files, seed)
+    pairs, *reports = RECIPES[name].run(files, seed)
+    return pairs, tuple(reports)

@@ -17,9 +17,9 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from palate.data.draws import of_user, python_order
-from palate.data.foreign import Source, records_of
+from palate.data.foreign import Source, choices_in, records_of
 from palate.data.pairs import PairSet
-from palate.data.readers import load_valid_pairs
+from palate.data.rows import Problem, Reason
 from palate.data.validation import ValidationReport
 from palate.errors import DataError
 
@@ -144,7 +144,16 @@ def _split(
         drawn = python_order(of_user(seed, worker), len(pool))[:limit]
         for name, chosen in zip(names, ([pool[i] for i in sorted(drawn)], tested), strict=True):
             rows += [row | {"split": name} for row in chosen]
-    return load_valid_pairs(rows)
+    return choices_in([(rows, _with_post)], ())
+
+
+def _with_post(row: Mapping[str, Any]) -> Iterator[Row | Problem]:
+    """The row, if it has a post. `validation` also holds comparisons of CNN/DM, whose summaries are of an article."""
+    if row["prompt"] is None:
+        message = f"info.post of {row['conversation_id']} is None; expected a post (CNN/DM has articles instead)"
+        yield Problem(Reason.EMPTY_TEXT, message)
+    else:
+        yield dict(row)
 
 
 def _of_worker(*parts: tuple[str, Source]) -> dict[str, list[Row]]:
@@ -167,8 +176,10 @@ def _rows(part: str, source: Source) -> Iterator[Row]:
             if len(summaries) != 2 or choice not in (0, 1):
                 raise TypeError(f"{len(summaries)} summaries and choice {choice!r}")
             sides = {"chosen": summaries[choice], "rejected": summaries[1 - choice]}
+            if not isinstance(row["worker"], str):
+                raise TypeError(f"worker {row['worker']!r:.60}")
             yield {"user_id": row["worker"], "prompt": row["info"]["post"], **sides, "conversation_id": f"{part} {number}"}
         except (KeyError, TypeError) as error:
             raise DataError(
-                f"{part} row {number}: {error!r}; expected info.post, two summaries with text, choice 0 or 1, and worker"
+                f"{part} row {number}: {error!r}; expected info.post, two summaries with text, choice 0 or 1, and worker (a text)"
             ) from error

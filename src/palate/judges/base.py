@@ -197,10 +197,14 @@ def edited(brief: Brief, text: str) -> Brief:
 def save_briefs(briefs: Mapping[str, Brief] | Iterable[Brief], path: str | Path) -> None:
     """One JSON object a line and user. They hold what people wrote and chose, in words: keep the file where such may be kept."""
     rows = briefs.values() if isinstance(briefs, Mapping) else briefs
-    path = Path(path)
+    save_lines((brief.as_dict() for brief in rows), Path(path))
+
+
+def save_lines(rows: Iterable[Mapping[str, Any]], path: Path) -> None:
+    """One JSON object a line, to be read by people; under its name only once it is whole. Half a character becomes a '?'."""
     partial = path.with_name(f"{path.name}.partial")
-    lines = [json.dumps(brief.as_dict(), ensure_ascii=False) for brief in rows]
-    partial.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8", errors="replace")
+    text = "".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in rows)
+    partial.write_text(text, encoding="utf-8", errors="replace")
     partial.replace(path)
 
 
@@ -208,10 +212,14 @@ def load_briefs(path: str | Path) -> dict[str, Brief]:
     """The briefs of `save_briefs`, by user, edited or not.
 
     Raises:
-        DataError: a line that is no brief, with its number, or a user with two of them.
+        DataError: a line that is no brief, with its number, a user with two of them, or a file that is not UTF-8.
     """
     out: dict[str, Brief] = {}
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8").split("\n"), start=1):
+    try:
+        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")  # some editors put a mark before UTF-8
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not UTF-8 ({error.reason} at byte {error.start + 1}); save it as UTF-8") from error
+    for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:

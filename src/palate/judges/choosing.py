@@ -5,13 +5,12 @@ The plainest judge there is, and the yardstick for the others. Nothing is learne
 
 from collections.abc import Sequence
 
-from palate.data.pairs import PairSet
-from palate.judges.base import Brief, Question
+from palate.judges.base import Question
 from palate.judges.client import Chat
 from palate.judges.fences import Fence
 from palate.judges.layout import laid_out
 from palate.judges.memory import Memory, Raw
-from palate.judges.orders import ChatJudge, Prompted
+from palate.judges.orders import Prompted, RememberingJudge, side_in, side_lines
 
 INSTRUCTIONS = """You tell which of two responses to a prompt one particular user would choose. Go by what the user chose before \
 and by what is known of the user, not by your own taste.
@@ -22,7 +21,7 @@ or
 {second}"""
 
 
-class InContext(ChatJudge):
+class InContext(RememberingJudge):
     """Which response would this user choose, given what they chose before?
 
     Args:
@@ -45,25 +44,14 @@ class InContext(ChatJudge):
         super().__init__(chat, samples=samples, temperature=temperature, tries=tries, max_tokens=max_tokens, seed=seed)
         self.memory: Memory = Raw(5) if memory is None else memory
 
-    @property
-    def failed(self) -> dict[str, str]:
-        """Users of whom the memory's writer made no brief, and why."""
-        return dict(getattr(getattr(self.memory, "writer", None), "failed", {}))
-
-    def study(self, past: PairSet) -> dict[str, Brief]:
-        """What the memory makes of every user."""
-        return self.memory.study(past)
-
     def prompted(self, questions: Sequence[Question]) -> list[Prompted]:
         """One message of instructions and one of data for each question."""
         out = []
         for question, shown in zip(questions, self.memory.shown(questions), strict=True):
             laid = laid_out(shown, question.prompt, {"first response": question.first, "second response": question.second})
-            lines = {side.lower(): laid.fence.last_line("Verdict", side) for side in ("First", "Second")}
-            out.append(Prompted(laid.asked(INSTRUCTIONS.format(**lines)), laid.fence))
+            out.append(Prompted(laid.asked(INSTRUCTIONS.format(**side_lines(laid.fence))), laid.fence))
         return out
 
     def read(self, answer: str, fence: Fence) -> float | None:
         """1 for First, 0 for Second."""
-        found = fence.read(answer, "Verdict", "(first|second)")
-        return None if found is None else float(found[1].lower() == "first")
+        return side_in(answer, fence)

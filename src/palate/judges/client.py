@@ -166,7 +166,9 @@ class Chat:
         body = {"model": self.model, "messages": messages, "temperature": request.temperature, "seed": request.seed}
         body |= {self.limit_field: request.max_tokens, **self.fields}
         body = {name: value for name, value in body.items() if value is not None}
-        packed = json.dumps(body, sort_keys=True, separators=(",", ":"))
+        # where a field sets the seed or leaves it out, the request's own still tells one sample from another
+        named = body | {"sample": request.seed} if "seed" in self.fields else body
+        packed = json.dumps(named, sort_keys=True, separators=(",", ":"))
         return _Asked(hashlib.sha256(packed.encode()).hexdigest(), body, request.max_tokens)
 
     def _read(self, key: str) -> Reply | None:
@@ -230,12 +232,12 @@ class _Breaker:
                 self.words = self.words or str(error)
 
 
-def _understood(text: str) -> tuple[Usage | None, Reply | ChatError]:
+def _understood(text: str) -> tuple[Usage, Reply | ChatError]:
     """What an answer of the server says; whatever is not surely a finished or truncated answer with text is a `ChatError`."""
     try:
         answer = json.loads(text)
-    except ValueError:
-        return None, ChatError(f"the answer is no JSON: {text[:120]!r}", "malformed")
+    except (ValueError, RecursionError):
+        return Usage(None, None), ChatError(f"the answer is no JSON: {text[:120]!r}", "malformed")
     counted = answer.get("usage") if isinstance(answer, Mapping) else None
     usage = Usage(_count(counted, "prompt_tokens"), _count(counted, "completion_tokens"))
     choices = answer.get("choices") if isinstance(answer, Mapping) else None

@@ -30,7 +30,8 @@ class Ledger:
     Args:
         max_calls: no request is begun once so many were.
         max_tokens: no request is begun that could pass this sum of prompt and completion tokens, its own prompt aside, whose
-            length only the server knows: so the sum may be passed by the prompts that are under way, and by no more.
+            length only the server knows: so the sum may be passed by the prompts that are under way, and by no more. An answer
+            that the server did not count takes all the room that it was given, and its prompt none.
 
     Attributes:
         calls: requests sent to a server, a request with its retries counting once.
@@ -65,7 +66,7 @@ class Ledger:
                 return f"the budget of {self.max_calls} calls is spent"
             tokens = self.prompt_tokens + self.completion_tokens
             if self.max_tokens is not None and tokens + self._held + reserve > self.max_tokens:
-                held = f" and {self._held} held for answers under way" if self._held else ""
+                held = f" and {self._held} held for answers under way or not counted" if self._held else ""
                 return (
                     f"the budget of {self.max_tokens} tokens has no room for an answer of up to {reserve} ({tokens} spent{held})"
                 )
@@ -76,7 +77,8 @@ class Ledger:
     def end(self, reserve: int, usage: Usage | None, *, failed: bool) -> None:
         """The call that `begin` counted is over; `usage` is None where the server gave no answer at all."""
         with self._lock:
-            self._held -= reserve
+            if usage is None or usage.completion is not None:
+                self._held -= reserve
             self.failures += failed
             if usage is not None:
                 self.prompt_tokens += usage.prompt or 0

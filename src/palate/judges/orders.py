@@ -13,6 +13,7 @@ from palate.errors import DataError
 from palate.judges.base import NOT_JUDGED, Answer, Brief, Outcome, Question, Verdict
 from palate.judges.client import Chat, ChatError, Reply, Request
 from palate.judges.fences import Fence
+from palate.judges.memory import Memory
 
 TEMPERATURE_STEP = 0.25  # by which the n-th try of an unreadable answer is warmer, as asking the same again gives the same
 
@@ -115,7 +116,7 @@ class ChatJudge(ABC):
     def _verdict(self, answers: Sequence[Answer], fence: Fence) -> Verdict:
         wrong = [answer for answer in answers if answer.p_first is None]
         lost = [answer for answer in wrong if answer.outcome in NOT_JUDGED]
-        thought = next((fence.before(answer.text) for answer in answers if answer.p_first is not None), "")
+        thought = next((fence.before(answer.text) for answer in answers if answer.p_first is not None and not answer.swapped), "")
         means = []
         for swapped in (False, True):
             shares = [answer.p_first for answer in answers if answer.swapped is swapped and answer.p_first is not None]
@@ -126,3 +127,29 @@ class ChatJudge(ABC):
             order = "swapped" if first.swapped else "given"
             return Verdict(None, f"{first.outcome} in the {order} order: {first.text[:200]}", thought, tuple(answers))
         return Verdict(sum(means) / 2, None, thought, tuple(answers))
+
+
+class RememberingJudge(ChatJudge):
+    """A judge that is shown what a memory keeps of a user."""
+
+    memory: Memory
+
+    @property
+    def failed(self) -> dict[str, str]:
+        """Users of whom the memory's writer made no brief, and why."""
+        return dict(getattr(getattr(self.memory, "writer", None), "failed", {}))
+
+    def study(self, past: PairSet) -> dict[str, Brief]:
+        """What the memory makes of every user."""
+        return self.memory.study(past)
+
+
+def side_lines(fence: Fence) -> dict[str, str]:
+    """The two lines of which an answer may end with one, by what instructions call them."""
+    return {side.lower(): fence.last_line("Verdict", side) for side in ("First", "Second")}
+
+
+def side_in(answer: str, fence: Fence) -> float | None:
+    """1 for First, 0 for Second in the last line of an answer; None where that is neither of `side_lines`."""
+    found = fence.read(answer, "Verdict", "(first|second)")
+    return None if found is None else float(found[1].lower() == "first")

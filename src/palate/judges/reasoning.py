@@ -7,14 +7,15 @@ turns the second into another response. More samples make a finer score, for as 
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
-from palate.data.pairs import Message, PairSet, Prompt
+from palate.data.pairs import Message, Prompt
 from palate.errors import DataError
 from palate.judges.base import Brief, Question
 from palate.judges.client import Chat, ChatError, Reply, Request
 from palate.judges.fences import Fence
 from palate.judges.layout import Laid, laid_out
 from palate.judges.memory import Memory, Raw
-from palate.judges.orders import ChatJudge, Prompted
+from palate.judges.orders import Prompted, RememberingJudge
+from palate.judges.rounds import spoken
 
 LOWEST, HIGHEST = 1, 10
 SUREST = 0.99  # what a stated certainty of 100 % counts as: no model is that sure with reason, and the log of 0 is infinite
@@ -51,7 +52,7 @@ class Assessment(NamedTuple):
     reason: str | None = None
 
 
-class Reasoning(ChatJudge):
+class Reasoning(RememberingJudge):
     """Think, then score both responses, or say how likely the first is to be chosen.
 
     Args:
@@ -84,15 +85,6 @@ class Reasoning(ChatJudge):
         self.answer = answer
         self.probabilistic = answer == "percent"
 
-    @property
-    def failed(self) -> dict[str, str]:
-        """Users of whom the memory's writer made no brief, and why."""
-        return dict(getattr(getattr(self.memory, "writer", None), "failed", {}))
-
-    def study(self, past: PairSet) -> dict[str, Brief]:
-        """What the memory makes of every user."""
-        return self.memory.study(past)
-
     def prompted(self, questions: Sequence[Question]) -> list[Prompted]:
         """One message of instructions and one of data for each question."""
         out = []
@@ -106,12 +98,14 @@ class Reasoning(ChatJudge):
         return out
 
     def read(self, answer: str, fence: Fence) -> float | None:
-        """.5 + (first - second) / 18 of the scores, or the stated probability; None for a number outside its range."""
+        """.5 + (first - second) / 18 of scores, or the stated probability; None outside their range or for a bare fraction."""
         if self.answer == "percent":
-            found = fence.read(answer, "Percent", rf"{NUMBER}\s*%?")
-            if found is None or not float(found[1]) <= 100:
+            found = fence.read(answer, "Percent", rf"{NUMBER}\s*(%?)")
+            if found is None:
                 return None
-            return min(max(float(found[1]) / 100, 1 - SUREST), SUREST)
+            percent = float(found[1])
+            unclear = percent > 100 or (0 < percent < 1 and not found[2])  # .7 may well mean 70 %
+            return None if unclear else min(max(percent / 100, 1 - SUREST), SUREST)
         found = fence.read(answer, "Scores", rf"first{GAP}{NUMBER}(?:/10)?[\s,;]{{1,3}}second{GAP}{NUMBER}(?:/10)?")
         scores = [] if found is None else [float(found[1]), float(found[2])]
         if len(scores) < 2 or not all(LOWEST <= score <= HIGHEST for score in scores):
@@ -135,14 +129,16 @@ class Reasoning(ChatJudge):
         """A better response, written by the same model. One request.
 
         Raises:
-            ChatError: no answer, or one that was cut off, which is no response.
+            ChatError: no answer, or one that was cut off or is nothing but <think>, which is no response.
         """
         shown = self.memory.shown([Question(brief, prompt, "", "")])[0]
         laid = laid_out(shown, prompt, {"response": response, "critique": critique})
         reply = self.chat.ask(laid.asked(REFINE), temperature=self.temperature, seed=self.seed, max_tokens=self.max_tokens)
         if reply.truncated:
             raise ChatError(f"the new response was cut off at {self.max_tokens} tokens; raise max_tokens", "truncated")
-        return reply.text.strip()
+        if not (better := spoken(reply.text)):
+            raise ChatError("the model thought and wrote no response; raise max_tokens", "empty")
+        return better
 
     def _score_asked(self, laid: Laid) -> tuple[Message, ...]:
         end = SCORE.format(line=laid.fence.last_line("Score", "5"))

@@ -30,7 +30,7 @@ class Stored:
         """The answer under a key; None where there is none, or where the file was damaged, so that it is asked for again."""
         try:
             reply = json.loads(self._path(key).read_text(encoding="utf-8"))["reply"]
-        except (FileNotFoundError, ValueError, KeyError, TypeError):
+        except (FileNotFoundError, ValueError, RecursionError, KeyError, TypeError):
             return None
         if not isinstance(reply, dict) or set(reply) != set(FIELDS):
             return None

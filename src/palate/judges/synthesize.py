@@ -22,7 +22,7 @@ from palate.judges.client import Chat, Request
 from palate.judges.fences import Fence
 from palate.judges.layout import laid_out
 from palate.judges.memory import Shown
-from palate.judges.orders import ChatJudge, Prompted
+from palate.judges.orders import ChatJudge, Prompted, side_in, side_lines
 from palate.judges.rounds import Work, answered, history, spoken, together, tried, whole_sentences
 
 TASK = """You are shown a prompt and two responses, and you tell which of them one particular user would choose. Past choices of \
@@ -183,14 +183,12 @@ class SynthesizeMe(ChatJudge):
 
     def read(self, answer: str, fence: Fence) -> float | None:
         """1 for First, 0 for Second."""
-        found = fence.read(answer, "Verdict", "(first|second)")
-        return None if found is None else float(found[1].lower() == "first")
+        return side_in(answer, fence)
 
 
 def _prompt(persona: str, demos: tuple[Demo, ...], prompt: Prompt, first: str, second: str) -> Prompted:
     laid = laid_out(Shown(persona, demos), prompt, {"first response": first, "second response": second})
-    lines = {side.lower(): laid.fence.last_line("Verdict", side) for side in ("First", "Second")}
-    return Prompted(laid.asked(TASK.format(**lines)), laid.fence)
+    return Prompted(laid.asked(TASK.format(**side_lines(laid.fence))), laid.fence)
 
 
 def _distinct(demos: Sequence[Demo]) -> tuple[Demo, ...]:
