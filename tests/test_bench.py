@@ -458,9 +458,14 @@ def test_a_model_that_no_worker_can_import_is_refused() -> None:
 
 
 def test_two_benches_in_one_folder_are_one_too_many(tmp_path: Path) -> None:
-    started = running.start(tiny_plan(sources=[tiny("one")], seeds=[1]), tmp_path)
+    plan = tiny_plan(sources=[tiny("one")], seeds=[1])
+    started = running.start(plan, tmp_path)
+    before = (tmp_path / "plan.json").read_text()
     with (tmp_path / "lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(DataError, match=r"another bench runs in .*; wait for it"):
+            running.start(replace(plan, methods={"bt": palate.BradleyTerry(ridge=1.0)}), tmp_path)
+        assert (tmp_path / "plan.json").read_text() == before  # its pages will be of what it was asked for
         with pytest.raises(DataError, match=r"another bench runs in .*; wait for it"):
             running.run(started, tmp_path, jobs=1)
     assert not (tmp_path / "cells").exists()
@@ -608,6 +613,9 @@ def test_the_page_is_red_with_figures_and_safe() -> None:
 def test_folders_without_a_bench_and_damaged_cells_say_so(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="holds no benchmark of this version"):
         pages.write_pages(tmp_path)
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(DataError, match="holds no benchmark of this version"):
+        pages.write_pages(tmp_path / "nowhere")
     started = running.start(tiny_plan(methods={"bt": palate.BradleyTerry()}, sources=[tiny("one")], seeds=[1]), tmp_path)
     here(started, tmp_path)
     path = cells.path_of(tmp_path, started.every[0].key)
@@ -661,6 +669,11 @@ def test_methods_go_by_group_or_name() -> None:
     assert set(bench_cli._methods("faithful,bt", {})) == {"bt", *faithful}
 
 
+def test_an_option_within_an_option_leaves_the_others() -> None:
+    published = bench_cli._methods("vpl-faithful", {"vpl-faithful": {"published": {"latent": 64}}})["vpl-faithful"].options()
+    assert published["published"] == palate.VPL.faithful(64).options()["published"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -691,6 +704,10 @@ def test_what_is_wrong_is_said_before_anything_runs(
         ("methods = 3", "methods is 3; expected words"),
         ('methods = "lore"\n[options.lore]\nx = 1', r"options\.lore has x; expected n_bases"),
         ("[options.pal]\nx = 1", "options are given for 'pal'"),
+        ("options = 3", "options is 3; expected a table for each method"),
+        ('[options.lore]\nn_bases = "x"', r"options\.lore has {'n_bases': 'x'} .*; expected values such as"),
+        ("methods = 'faithful'\n[options.vpl-faithful]\nlatent = 64", r"options\.vpl-faithful has latent, which changes nothing"),
+        ("methods = 'faithful'\n[options.pal-a-faithful.faithful]\nsed = 3", "unexpected keyword argument 'sed'"),
     ],
 )
 def test_a_wrong_file_is_refused(toml: str, said: str, command: Callable[..., Any], tmp_path: Path) -> None:

@@ -7,8 +7,11 @@ import pytest
 import torch
 
 import palate
+from palate.adaptation import no_pairs
 from palate.data.planted import Planted, simplex_types, two_groups
+from palate.errors import DataError
 from palate.models import population
+from palate.models.base import Newton
 from palate.models.hierarchical import Hierarchical
 from palate.priors import Prior
 from palate.solvers import Batch
@@ -80,6 +83,59 @@ def test_where_people_are_types_they_are_found_to_be_blends(blended: Hierarchica
     assert np.mean([row["accuracy"] for row in rows]) > np.mean([row["accuracy"] for row in before]) + 0.001
 
 
+def test_a_blend_says_how_sure_it_is(blended: Hierarchical, ten_types: Planted) -> None:
+    assert blended.sharpness > 1  # people never err
+    loss = {}
+    for shots in (1, 5, None):
+        rows = palate.evaluate(blended, ten_types.support, ten_types.test_unseen, shots=shots).rows()
+        loss[shots] = float(np.mean([row["log_loss"] for row in rows]))
+    assert (
+        loss[1] < 0.1
+    )  # .35 where a wall that is not touched is no bound, .20 with margins as wide as those that are solved with
+    assert loss[5] < 0.03
+    assert loss[None] < 0.01
+
+
+def test_a_choice_leaves_less_unknown(blended: Hierarchical, ten_types: Planted) -> None:
+    grouped = ten_types.support.grouped()
+    first = ten_types.support[grouped.order[grouped.offsets[: len(ten_types.support.user_ids)]]]
+    known = palate.adapt(blended, first)
+    nothing = no_pairs(blended, ["nobody"])
+    assert known.covariance is not None
+    assert nothing.covariance is not None
+    spread = known.covariance.diagonal(dim1=1, dim2=2).sum(1)
+    assert float(spread.mean()) < float(nothing.covariance.diagonal(dim1=1, dim2=2).sum())
+    assert float(known.covariance.diagonal(dim1=1, dim2=2).max()) < 0.25  # the variance of a number in [0, 1] is at most that
+
+
+def test_sharpness_changes_what_is_stated_and_not_whom_a_user_is_like(blended: Hierarchical, ten_types: Planted) -> None:
+    numbers = dict(blended.state_dict())
+    more = (blended.sharpness - 1) * numbers["direction"][:, None]
+    soft = blended.like(numbers | {"bases": (numbers["bases"] - more) / blended.sharpness}, sharpness=1.0)
+    assert type(soft.inference) is Newton
+    ours, theirs = (palate.adapt(model, ten_types.support) for model in (blended, soft))
+    torch.testing.assert_close(ours.mean, theirs.mean, atol=1e-4, rtol=1e-3)
+    wide, narrow = (
+        palate.margins(model, ten_types.test_unseen, profiles) for model, profiles in ((blended, ours), (soft, theirs))
+    )
+    assert float(((wide > 0) == (narrow > 0)).float().mean()) > 0.999
+    assert float((wide / narrow).median()) == pytest.approx(blended.sharpness, rel=0.05)
+    # Somebody who said nothing gets the crowd's reward, which knows how sure it is.
+    crowd = [palate.margins(model, ten_types.test_unseen) for model in (blended, soft)]
+    torch.testing.assert_close(*crowd)
+
+
+def test_a_blend_cannot_grow(blended: Hierarchical, ten_types: Planted) -> None:
+    with pytest.raises(DataError, match="blends of types, whose weights sum to one"):
+        palate.grow(blended, ten_types.support)
+
+
+def test_a_sharpness_below_one_is_refused() -> None:
+    for wrong in (0.5, float("nan"), float("inf")):
+        with pytest.raises(DataError, match=f"sharpness is {wrong}; expected a finite number of at least 1"):
+            palate.Hierarchical(sharpness=wrong)
+
+
 def test_a_blend_of_nothing_known_is_the_crowd(blended: Hierarchical, ten_types: Planted) -> None:
     straight = palate.fit(ten_types.train, palate.BradleyTerry())
     correlation = np.corrcoef(palate.margins(blended, ten_types.test_unseen), palate.margins(straight, ten_types.test_unseen))
@@ -97,6 +153,7 @@ def test_a_blend_comes_back_from_its_folder(blended: Hierarchical, ten_types: Pl
     again = palate.load_model(tmp_path / "model")
     assert isinstance(again, Hierarchical)
     assert again.fingerprint() == blended.fingerprint()
+    assert again.sharpness == blended.sharpness
     assert torch.equal(palate.adapt(again, ten_types.support).mean, palate.adapt(blended, ten_types.support).mean)
 
 

@@ -302,7 +302,7 @@ def test_doctor_reads_the_extras_of_the_installed_package(monkeypatch: pytest.Mo
 # the whole way through
 
 
-@pytest.mark.parametrize("method", ["hierarchical", "bt"])
+@pytest.mark.parametrize("method", ["hierarchical", "bt", "pal-b-faithful", "vpl"])
 def test_fit_adapt_rank(method: str, palate_command: Run, tmp_path: Path) -> None:
     rows, model, profiles = tmp_path / "rows.jsonl", tmp_path / "model", tmp_path / "profiles"
     palate_command("data", "synthetic", rows, "--users", 24, "--choices", 12)
@@ -325,7 +325,8 @@ def test_fit_adapt_rank(method: str, palate_command: Run, tmp_path: Path) -> Non
     assert rewards == sorted(rewards, reverse=True)
     # the same numbers without the command line
     fitted, encoder = palate.load_model(model), load_encoder("style")
-    expected = palate.Scorer(encoder, fitted).score(prompt, responses, palate.adapt(fitted, encoder.embed(data))[user])
+    profile = palate.adapt(fitted, encoder.embed(data, prompts=fitted.reads_prompts))[user]
+    expected = palate.Scorer(encoder, fitted).score(prompt, responses, profile)
     assert [row["reward"] for row in sorted(ranked, key=lambda row: row["index"])] == pytest.approx(
         [float(r) for r in expected], abs=1e-4
     )

@@ -409,6 +409,15 @@ def test_double_precision_gives_the_same_as_single(name: str) -> None:
     torch.testing.assert_close(ours, theirs.float(), atol=5e-3, rtol=5e-3)
 
 
+@EVERY
+def test_a_model_reads_embeddings_of_another_precision(name: str) -> None:
+    wide = pairs_of(COLUMNS, embeddings=COLUMNS["embeddings"].astype(np.float64))
+    narrow = palate.adapt(fitted(name), pairs_of(COLUMNS))
+    ours, theirs = (palate.margins(fitted(name), data, narrow) for data in (pairs_of(COLUMNS), wide))
+    torch.testing.assert_close(ours, theirs.float(), atol=1e-3, rtol=1e-3)
+    assert bool(torch.isfinite(palate.adapt(fitted(name), wide).mean).all())
+
+
 def nothing_learned() -> dict[str, RewardModel]:
     zeros = torch.zeros
     return {

@@ -9,6 +9,7 @@ from palate.data.pairs import Message, PairSet
 from palate.data.synthetic import Population, synthetic
 from palate.encoders import Items
 from palate.errors import DataError, MismatchError
+from palate.models import pal_fixed
 from palate.models.base import RewardModel
 from palate.models.factored import BradleyTerry, LoRe
 from palate.scoring import Scorer
@@ -41,6 +42,18 @@ def profile(pairs: PairSet, style: palate.Encoder, model: RewardModel) -> Profil
     return adapt(model, style.embed(pairs))["user07"]
 
 
+def test_equal_responses_are_equal_to_the_last_bit(style: palate.Encoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pal_fixed, "SURE", -1e9)  # prototypes, whatever held-out users say
+    data = style.embed(synthetic(24, 12, population=Population(groups=2), seed=3).pairs)
+    own = Scorer(style, palate.fit(data, palate.PAL(2, width=4), seed=1))
+    for n in range(1, 9):  # a row at the end of a matrix may be summed in another order
+        texts = ["In a paper bag.", *["1. Freeze it.\n2. Toast it!", "Perhaps in a box"] * n, "In a paper bag."]
+        rewards = own.score(PROMPT, texts)
+        assert float(rewards[0]) == float(rewards[-1])
+        place = [row["corpus_id"] for row in own.rank(PROMPT, texts)]
+        assert place.index(0) < place.index(len(texts) - 1)
+
+
 PROMPT = "How do I keep bread fresh?"
 TEXTS = ["In a paper bag.", "1. Freeze it.\n2. Toast it!", "Perhaps in a box, perhaps not; who knows?", "In a paper bag."]
 
@@ -65,7 +78,8 @@ def test_std_is_that_of_the_weights(scorer: Scorer, profile: Profile) -> None:
     generator = torch.Generator().manual_seed(0)
     factor = torch.linalg.cholesky(profile.covariance.double())
     draws = profile.mean + torch.randn(40_000, len(factor), generator=generator, dtype=torch.float64) @ factor.T
-    _, slopes = scorer.model.design(scorer._features(PROMPT, TEXTS))
+    features, place = scorer._features(PROMPT, TEXTS)
+    slopes = scorer.model.design(features)[1][place]
     assert std.numpy() == pytest.approx((draws @ slopes.T.double()).std(0).numpy(), rel=0.03)
     crowd, unknown = scorer.score_with_std(PROMPT, TEXTS)
     assert crowd.tolist() == scorer.score(PROMPT, TEXTS).tolist()

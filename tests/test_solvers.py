@@ -164,6 +164,23 @@ def test_walls_are_choices_that_everybody_made() -> None:
     assert float(found.covariance[2].diagonal().sum()) < float(plain.covariance.diagonal().sum())
 
 
+def test_the_posterior_of_a_blend_is_bounded_by_its_walls() -> None:
+    k = 4
+    batch = some_batch([0, 1, 5], k, size=0.3)._replace(tie=None)
+    prior = Prior.blend(torch.tensor([0.4, 0.3, 0.2, 0.1], dtype=torch.float64))
+    found = posterior(batch, prior)
+    assert found.covariance is not None
+    for user in range(3):
+        w, margin = found.mean[user], (batch.slopes[user] @ found.mean[user] + batch.offset[user])
+        curved = torch.sigmoid(margin) * torch.sigmoid(-margin) * batch.weight[user]
+        precision = torch.linalg.inv(prior.factors[0] @ prior.factors[0].T) + batch.slopes[user].T @ (
+            curved[:, None] * batch.slopes[user]
+        )
+        barrier = torch.diag(1 / w.clamp(min=1e-3) ** 2)  # of -log w; a wall's slope is 1,000
+        torch.testing.assert_close(found.covariance[user], torch.linalg.inv(precision + barrier), atol=1e-9, rtol=1e-3)
+    torch.testing.assert_close(found.covariance[0], prior.covariance, atol=2e-3, rtol=0.1)  # of a user without choices
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize(("pairs", "size"), [(9, 1.0), (45, 2.0), (3, 5.0)])
 def test_a_blend_is_the_likelihood_on_the_simplex(pairs: int, size: float, dtype: torch.dtype) -> None:

@@ -1,5 +1,6 @@
 """`palate bench`: every method on every data set, in parallel, resumable, with one page at the end (`palate.bench`)."""
 
+import json
 import os
 import tomllib
 from collections.abc import Mapping
@@ -154,6 +155,8 @@ def _methods(names: str, options: Mapping[str, Any]) -> "dict[str, RewardModel]"
     }
     listed = dict.fromkeys(name for word in names.split(",") for name in groups.get(word.strip(), [word.strip()]))
     models = terminal.methods(",".join(listed))
+    if not isinstance(options, Mapping):
+        raise DataError(f"options is {options!r}; expected a table for each method, such as [options.lore]")
     for name, changed in options.items():
         if name not in models:
             raise DataError(f"options are given for {name!r}; expected one of the methods {', '.join(models)}")
@@ -161,8 +164,21 @@ def _methods(names: str, options: Mapping[str, Any]) -> "dict[str, RewardModel]"
         unknown = sorted(set(changed) - set(usual)) if isinstance(changed, Mapping) else [repr(changed)]
         if unknown:
             raise DataError(f"options.{name} has {', '.join(unknown)}; expected {', '.join(usual)}")
-        models[name] = type(models[name]).from_options(usual | dict(changed))
+        wanted = usual | {key: _over(usual[key], value) for key, value in changed.items()}
+        try:
+            models[name] = type(models[name]).from_options(wanted)
+        except (TypeError, ValueError, KeyError, AttributeError) as error:
+            raise DataError(f"options.{name} has {dict(changed)} ({error}); expected values such as {usual}") from error
+        taken = json.loads(json.dumps(models[name].options()))
+        idle = [key for key in changed if taken.get(key) != wanted[key]]
+        if idle:
+            raise DataError(f"options.{name} has {', '.join(idle)}, which changes nothing in {models[name]}; leave it out")
     return models
+
+
+def _over(usual: Any, value: Any) -> Any:
+    """A table of options changes those that it has."""
+    return {**usual, **value} if isinstance(usual, Mapping) and isinstance(value, Mapping) else value
 
 
 def _duration(seconds: float) -> str:

@@ -50,10 +50,11 @@ def kept(features: "Encoder", cache: Path | None, no_cache: bool) -> "Encoder":
     return with_cache(features, None if no_cache else Cache(cache))
 
 
-def embed(features: "Encoder", pairs: "PairSet") -> "EmbeddedPairs":
-    """The choices as arrays, with a bar while texts are encoded and a line that says how many were."""
+def embed(features: "Encoder", pairs: "PairSet", *, prompts: bool = False) -> "EmbeddedPairs":
+    """The choices as arrays, with a bar while texts are encoded and a line that says how many were; for a method that reads
+    prompts, with these."""
     with terminal.progress(f"Encoding {len(pairs.texts)} texts") as advance, watched(features, advance):
-        data = features.embed(pairs)
+        data = features.embed(pairs, prompts=prompts)
     say_encoded(features)
     return data
 

@@ -96,6 +96,11 @@ def linear(model: RewardModel) -> Linear:
             "LoRe mixes its base rewards on a simplex, where whoever takes a new one gives up some of the others; it cannot be "
             "added alone: fit LoRe again on everybody, or grow a Hierarchical or PReF"
         )
+    if isinstance(model, Hierarchical) and model.blend:
+        raise DataError(
+            "this Hierarchical found people to be blends of types, whose weights sum to one: no base reward can be added alone; "
+            "fit it again on everybody"
+        )
     if not isinstance(model, Hierarchical | PReF | MRM):
         raise DataError(f"{type(model).__name__} cannot grow; expected a Hierarchical, PReF or MRM")
     if not isinstance(model.inference, Newton) or (isinstance(model, MRM) and len(model.hidden)):

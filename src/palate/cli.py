@@ -177,7 +177,8 @@ def adapt(
     terminal.free_for_profiles(out)
     fitted = load_model(model)
     pairs, _ = terminal.read_choices(rows)
-    data = cache_cli.embed(cache_cli.kept(terminal.saved_encoder(model), cache, no_cache), pairs)
+    features = cache_cli.kept(terminal.saved_encoder(model), cache, no_cache)
+    data = cache_cli.embed(features, pairs, prompts=fitted.reads_prompts)
     with terminal.progress(f"Adapting {len(pairs.user_ids)} users"):
         profiles = adapt_users(fitted, data)
     profiles.save(out)

@@ -60,9 +60,10 @@ def prepare(
     Figures on different recipes are not comparable; docs/datasets.md tells them apart.
     """
     with terminal.progress(f"Preparing {recipe}"):
-        pairs, report = recipes.prepared(recipe, files or [], seed)
-    if report is not None and not report.ok:
-        terminal.note(report.summary())
+        pairs, reports = recipes.prepared(recipe, files or [], seed)
+    for report in reports:
+        if not report.ok:
+            terminal.note(report.summary())
     _write(pairs, out)
 
 

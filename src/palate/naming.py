@@ -166,13 +166,13 @@ def name_bases(model: RewardModel, pairs: PairSet, encoder: Encoder, *, seed: in
     too, except where weights cannot be negative: people whose weight is negative want the opposite of its name.
 
     Args:
-        model: a fitted model of any method; one without bases has the crowd's name only.
+        model: a fitted model that is linear in its weights (`RewardModel.linear`); one without bases has the crowd's name only.
         pairs: choices whose responses are compared; who made them does not matter.
         encoder: the one that the model was fitted with; it need not be `style`.
         seed: of the permutations and resamples.
 
     Raises:
-        DataError: too few prompts with several responses.
+        DataError: too few prompts with several responses; a method that is not linear in its weights (PAL, VPL).
         MismatchError: the model was fitted with another encoder.
         MissingExtraError: the `style` encoder's packages are missing.
     Cost: one encoding by each encoder (a thousand texts a second), and 800 products (texts x 40) x (texts x bases).

@@ -79,6 +79,10 @@ class Prior:
         return len(self.share)
 
     @property
+    def n_walls(self) -> int:
+        return 0 if self.walls is None else len(self.walls)
+
+    @property
     def mean(self) -> Tensor:
         """(K,) mean of the mixture, without its walls."""
         return self.share @ self.means

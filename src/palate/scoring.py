@@ -46,8 +46,8 @@ class Scorer:
             MismatchError: a profile that belongs to another model.
         Cost: one encoding of the responses; after it, n K multiplications.
         """
-        features = self._features(prompt, responses)
-        return self.model.score(features, self._weights(profile, features))
+        features, place = self._features(prompt, responses)
+        return self.model.score(features, self._weights(profile, features))[place]
 
     @torch.no_grad()
     def score_with_std(self, prompt: Prompt, responses: Sequence[str], profile: Profile | None = None) -> tuple[Tensor, Tensor]:
@@ -57,11 +57,12 @@ class Scorer:
         correlated, so the difference of two rewards is surer than the two deviations together suggest.
 
         Raises:
-            DataError: as `score`, and for a method that has no uncertainty (a flat prior on the simplex, for example).
+            DataError: as `score`, and for a method that has no uncertainty (a flat prior on the simplex, for example) or is not
+                linear in its weights (PAL, VPL).
             MismatchError: as `score`.
         """
-        features = self._features(prompt, responses)
-        reward = self.model.score(features, self._weights(profile, features))
+        features, place = self._features(prompt, responses)
+        reward = self.model.score(features, self._weights(profile, features))[place]
         _, slopes = self.model.design(features)
         covariance = None if profile is None else profile.covariance
         prior = self.model.prior
@@ -73,7 +74,7 @@ class Scorer:
                 return reward, torch.zeros_like(reward)  # nothing about the user is unknown to a model without weights
             raise DataError(f"{type(self.model).__name__} has no uncertainty of its weights; use score, or a method with a prior")
         variance = torch.einsum("ni,ij,nj->n", slopes, covariance.to(slopes), slopes)
-        return reward, variance.clamp(min=0).sqrt()
+        return reward, variance.clamp(min=0).sqrt()[place]
 
     def rank(
         self,
@@ -102,7 +103,8 @@ class Scorer:
         values = rewards.tolist()
         return [{"corpus_id": i, "score": values[i]} | ({"text": responses[i]} if return_documents else {}) for i in order]
 
-    def _features(self, prompt: Prompt, responses: Sequence[str]) -> Tensor:
+    def _features(self, prompt: Prompt, responses: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Features of the distinct responses, so that equal ones are equal to the last bit, and which of these each one is."""
         if isinstance(responses, str):
             raise DataError(f"responses is one text, {responses[:40]!r}; expected a list of texts")
         wrong = [i for i, response in enumerate(responses) if not isinstance(response, str)]
@@ -113,10 +115,12 @@ class Scorer:
         if not isinstance(prompt, str | tuple):
             raise DataError(f"the prompt is a {type(prompt).__name__}; expected a text, or a tuple of palate.Message turns")
         asked = [Text(prompt, "")] if self.model.reads_prompts else []
-        table = self.encoder.encode([Text(prompt, response) for response in responses] + asked)
+        distinct = {response: number for number, response in enumerate(dict.fromkeys(responses))}
+        table = self.encoder.encode([Text(prompt, response) for response in distinct] + asked)
         self.model.check(table)
         features = self.model.features(table)
-        return self.model.under(features[:-1], features[-1:].expand(len(responses), -1)) if asked else features
+        place = torch.tensor([distinct[response] for response in responses], device=features.device)
+        return self.model.under(features[:-1], features[-1:].expand(len(distinct), -1)) if asked else features, place
 
     def _weights(self, profile: Profile | None, features: Tensor) -> Tensor:
         if profile is None:

@@ -169,8 +169,15 @@ class Laplace(NamedTuple):
     complement: bool
 
     @classmethod
-    def at(cls, batch: Batch, mode: Tensor) -> "Laplace":
-        root = _root(batch, batch.margins(mode))
+    def at(cls, batch: Batch, mode: Tensor, walls: int = 0) -> "Laplace":
+        """Of a batch whose last `walls` pairs are a prior's walls. The curvature of sigma is no guide there: a wall that is not
+        touched has none, however near it is. Their log barrier has 1 / margin^2, as in `Prior.covariance`.
+        """
+        margin = batch.margins(mode)
+        root = _root(batch, margin)
+        if walls:
+            barrier = batch.slopes[:, -walls:] / margin[:, -walls:, None].clamp(min=1)  # at a wall, or behind it, 1
+            root = torch.cat([root[:, :-walls], barrier], dim=1)
         factor = _factor(root)
         complement = root.shape[1] < root.shape[2]
         right = root if complement else torch.eye(root.shape[2], dtype=root.dtype, device=root.device).expand_as(factor)
@@ -223,7 +230,7 @@ def posterior(batch: Batch, prior: Prior, *, max_steps: int = 50, tolerance: flo
     for m in range(prior.n_components):
         white, factor = whitened(batch, prior, m), prior.factors[m]
         mode, value, done = newton(white, max_steps=max_steps, tolerance=tolerance)
-        curved = Laplace.at(white, mode)
+        curved = Laplace.at(white, mode, prior.n_walls)
         means.append(prior.means[m] + mode @ factor.T)
         evidences.append(prior.share[m].log() - value - curved.log_det / 2)
         converged.append(done)

@@ -118,6 +118,8 @@ def solves(model: "RewardModel") -> bool:
     """Whether adapting solves to a tolerance; the published methods take a fixed number of steps, and that is all there is."""
     from palate.models.base import Fixed, Newton, Simplex
 
+    if not model.linear:
+        return model.options().get("faithful") is None  # of PAL; VPL has one pass, which always ends
     return isinstance(model.inference, Newton | Simplex | Fixed)
 
 

@@ -75,7 +75,7 @@ def fitted(
     if wanted.lora or wanted.hidden:
         features, model = _through(features, pairs, model, wanted, seed)
     else:
-        data = cache_cli.embed(features, pairs)
+        data = cache_cli.embed(features, pairs, prompts=model.reads_prompts)
         with terminal.progress(f"Fitting {method}") as advance:
             model = fit(data, model, seed=seed, progress=lambda share, what: advance(round(100 * share), 100, what))
     if not Team().rank:

@@ -42,16 +42,20 @@ def boards(folder: Path) -> Iterator[Board]:
 
     Raises `DataError` where the folder holds no plan of this version, `ModelFileError` for a cell that is damaged.
     """
-    every = recorded(folder)
-    if not every:
-        raise DataError(f"{folder} holds no benchmark of this version of palate; expected the --out of `palate bench`")
-    for (data_set, condition), group in groupby(every, key=lambda cell: (cell.label, cell.condition)):
+    for (data_set, condition), group in groupby(_planned(folder), key=lambda cell: (cell.label, cell.condition)):
         of_board = list(group)
         found = [cells.read(folder, cell) for cell in of_board if _is_there(folder, cell)]
         methods = tuple(dict.fromkeys(cell.name for cell in of_board))
         seeds = tuple(dict.fromkeys(cell.seed for cell in of_board))
         joined = Evaluation.concat(found) if found else Evaluation.from_rows([])
         yield Board(data_set, condition, joined, methods, seeds, len(of_board) - len(found))
+
+
+def _planned(folder: Path) -> list[Cell]:
+    every = recorded(folder)
+    if not every:
+        raise DataError(f"{folder} holds no benchmark of this version of palate; expected the --out of `palate bench`")
+    return every
 
 
 def _is_there(folder: Path, cell: Cell) -> bool:
@@ -65,6 +69,7 @@ def with_rows_written(folder: Path, every: Iterable[Board]) -> Iterator[Board]:
     `failure` is null in a row of figures. A cell that failed is a row without figures whose `failure` says why; no number stands
     in its place. The file is there when the last board was taken, so that no more than one is in memory.
     """
+    _planned(folder)
     path = folder / RESULTS
     partial = path.with_name(path.name + ".partial")
     with partial.open("w", encoding="utf-8", errors="surrogatepass") as file:

@@ -59,32 +59,35 @@ def start(
         progress: called with (done, total, what is being done).
 
     Raises:
-        DataError, LeakError: what the sources raise; a name in `again` that the plan has no method for.
+        DataError, LeakError: what the sources raise; a name in `again` that the plan has no method for; another bench runs in the
+            folder.
         OSError: the folder cannot be written.
     Cost: one encoding of the texts, the splits, and their leak checks.
     """
     if unknown := sorted(set(again) - set(plan.methods)):
         raise DataError(f"again has {', '.join(unknown)}; expected methods of this bench: {', '.join(plan.methods)}")
     say = progress or (lambda done, total, what: None)
-    found: dict[tuple[str, int, bool], str] = {}
-    kinds = sorted({model.reads_prompts for model in plan.methods.values()})
-    total = len(plan.sources) * len(plan.seeds) * len(kinds)
-    for source in plan.sources:
-        for prompts in kinds:
-            for seed in plan.seeds:
-                say(len(found), total, f"preparing {source.label}, seed {seed}")
-                draw = source.draw(seed, prompts=prompts)
-                found[source.label, seed, prompts] = prepare(draw, folder / "data")
-    mine = plan.cells(found)
-    every = record(folder, mine)
-    pending: dict[str, Cell] = {}
-    for cell in mine:
-        path = cells.path_of(folder, cell.key)
-        if path.exists() and (cell.name in again or (retry and cells.read(folder, cell).failures)):
-            path.unlink()
-        if not path.exists():
-            pending[cell.key] = cell  # two names of one thing are one cell
-    return Started(every, list(pending.values()))
+    folder.mkdir(parents=True, exist_ok=True)
+    with _alone(folder):  # what another bench runs by must not change under it
+        found: dict[tuple[str, int, bool], str] = {}
+        kinds = sorted({model.reads_prompts for model in plan.methods.values()})
+        total = len(plan.sources) * len(plan.seeds) * len(kinds)
+        for source in plan.sources:
+            for prompts in kinds:
+                for seed in plan.seeds:
+                    say(len(found), total, f"preparing {source.label}, seed {seed}")
+                    draw = source.draw(seed, prompts=prompts)
+                    found[source.label, seed, prompts] = prepare(draw, folder / "data")
+        mine = plan.cells(found)
+        every = record(folder, mine)
+        pending: dict[str, Cell] = {}
+        for cell in mine:
+            path = cells.path_of(folder, cell.key)
+            if path.exists() and (cell.name in again or (retry and cells.read(folder, cell).failures)):
+                path.unlink()
+            if not path.exists():
+                pending[cell.key] = cell  # two names of one thing are one cell
+        return Started(every, list(pending.values()))
 
 
 def run(started: Started, folder: Path, *, jobs: int = 1, progress: Progress | None = None) -> int:

@@ -23,6 +23,7 @@ from palate.models.base import Inference, Newton, RewardModel
 from palate.models.selection import BLENDS, CROWD, KAPPAS, ROUNDS, Candidate, Crowds, Selection
 from palate.models.subspace import Design
 from palate.priors import Prior
+from palate.solvers import Batch, Solution
 
 Progress = Callable[[float, str], None]  # (share done, what)
 
@@ -44,6 +45,9 @@ class Hierarchical(RewardModel):
         blend: whether a user is a blend of types of people, with weights that are positive and sum to one, as LoRe's are. None
             tries it where people hardly err and keeps it where held-out users gain, False does not try. True is what a model
             says that was fitted so; to fit, it is None.
+        sharpness: of a blend, by how much its margins are wider than those by which a user's weights are solved (`Sharpened`): a
+            number that is fitted. A likelihood with margins as wide as those of people who never err tells types that agree on
+            most pairs apart no longer; one that tells them apart best is far too unsure.
     """
 
     direction: Tensor
@@ -64,6 +68,7 @@ class Hierarchical(RewardModel):
         kappa: float | None = None,
         prior_variance: float = 4.0,
         blend: bool | None = None,
+        sharpness: float = 1.0,
     ):
         super().__init__()
         if n_bases < 0 or bend < 0:
@@ -73,8 +78,10 @@ class Hierarchical(RewardModel):
         if not prior_variance > 0:
             raise DataError(f"prior_variance is {prior_variance}; expected a positive number")
         self.n_bases, self.bend, self.types, self.kappa, self.prior_variance = n_bases, bend, tuple(types), kappa, prior_variance
-        self.blend = blend
-        self.inference: Inference = Newton()
+        if not 1 <= sharpness < float("inf"):
+            raise DataError(f"sharpness is {sharpness}; expected a finite number of at least 1")
+        self.blend, self.sharpness = blend, sharpness
+        self.inference: Inference = Newton() if sharpness == 1 else Sharpened(sharpness)
         for name in ("direction", "phases", "amplitudes", "share"):
             self.register_buffer(name, torch.zeros(0))
         for name in ("bases", "frequencies", "means"):
@@ -89,6 +96,7 @@ class Hierarchical(RewardModel):
             "kappa": self.kappa,
             "prior_variance": self.prior_variance,
             **({} if self.blend is None else {"blend": self.blend}),  # as models that were saved before there were blends
+            **({} if self.sharpness == 1 else {"sharpness": self.sharpness}),
         }
 
     @property
@@ -125,6 +133,21 @@ class Hierarchical(RewardModel):
         return _Estimation(self, data, seed, progress).run(), None
 
 
+class Sharpened(Newton):
+    """Newton's method for a blend whose types have margins `sharpness` times as wide as those to be solved with.
+
+    The slope of a pair for type k is m_k - m, with m the crowd's margin, the offset, which a blend's weights leave out: they sum
+    to one. Wider margins are sharpness m_k - m; without choices a user still has the crowd's.
+    """
+
+    def __init__(self, sharpness: float):
+        self.sharpness = sharpness
+
+    def solve(self, batch: Batch, prior: Prior | None, users: tuple[str, ...], *, covariance: bool = True) -> Solution:
+        slopes = (batch.slopes - (self.sharpness - 1) * batch.offset[..., None]) / self.sharpness
+        return super().solve(batch._replace(slopes=slopes), prior, users, covariance=covariance)
+
+
 class _Estimation:
     """The order in which `Hierarchical` is estimated, with what each step leaves for the next."""
 
@@ -153,13 +176,17 @@ class _Estimation:
                 numbers["direction"] = self.scale * bent.direction[: len(self.scale)]
                 numbers["frequencies"], numbers["phases"] = table.frequencies, table.phases
                 numbers["amplitudes"] = bent.direction[len(self.scale) :] * table.gain
-        numbers["bases"] = self.scale.new_zeros(len(self.scale), 0)
+        numbers["bases"], sharpness = self.scale.new_zeros(len(self.scale), 0), 1.0
         if personal is not None and chosen != CROWD:
             self.progress(0.95, "how people differ")
             view, prior = personal.describe(chosen)
             numbers["bases"] = self.scale[:, None] * view.bases
+            if chosen.blended:
+                sharpness = personal.sharpness(chosen)
+                numbers["bases"] = sharpness * numbers["bases"] + (sharpness - 1) * numbers["direction"][:, None]
             numbers.update({"share": prior.share, "means": prior.means, "factors": prior.factors})
-        out = self.model.like(numbers, blend=True if chosen.blended else False if self.model.blend is False else None)
+        blend = True if chosen.blended else False if self.model.blend is False else None
+        out = self.model.like(numbers, blend=blend, sharpness=sharpness)
         out.record["selection"] = self.record
         self.progress(1.0, "done")
         return out

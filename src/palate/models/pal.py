@@ -176,7 +176,7 @@ class PAL(RewardModel):
         divided by its length and every g_k, of which a text uses the one and a prompt the others (`under`)."""
         k, first = self.n_weights, self.entry.shape[1]
         read = [self.direction[:, None], self.entry, *([self.prompt_entry] if self.prompt_entry.numel() else [])]
-        out = embeddings.project(torch.cat(read, dim=1))
+        out = embeddings.project(torch.cat(read, dim=1)).to(self.direction)  # what follows is of the model's numbers alone
         if k == 0:
             return out[:, :1]
         point = self._layers()(out[:, 1 : 1 + first], self.rest)[:, 0]

@@ -43,7 +43,7 @@ class Expectation:
                     away = self.modes[number][c] - prior.means[c]
                     start = torch.linalg.solve_triangular(prior.factors[c], away.T, upper=False).T
                 mode, value, _ = newton(white, max_steps=max_steps, tolerance=1e-2, start=start)
-                curved = Laplace.at(white, mode)
+                curved = Laplace.at(white, mode, prior.n_walls)
                 solved.append((prior.means[c] + mode @ prior.factors[c].T, curved))
                 evidence.append(prior.share[c].log() - value - curved.log_det / 2)
             responsibility = torch.stack(evidence, dim=1).softmax(1)  # (U, M)

@@ -30,6 +30,7 @@ REFINEMENTS = (1e-4, 1e-3)  # ridge of the refined bases, the bolder one first
 WIDE = 128  # directions among which people's differences are looked for, however few are kept
 MIXED = 16  # most directions in which types are looked for
 BLENDS = (12, 24)  # types that a user may be a blend of
+SHARPNESS = (1.0, 2.0, 4.0, 8.0, 16.0)  # of a blend's margins
 FREE = 16384.0  # kappa under which types are found: any prior to speak of would draw the users' weights together
 KAPPAS = (0.003, 0.01, 0.03, 0.1, 0.25, 0.5, 1.0, 2.0, 4.0, 16.0, 64.0, 256.0, 1024.0, 4096.0)
 SHOTS = ((1, 1 / 6), (2, 1 / 6), (5, 1 / 6), (10**6, 1 / 2))  # choices, and what the loss after them counts
@@ -345,28 +346,50 @@ class Selection:
         edge. What is compared is how well candidates tell choices apart. A log loss would prefer a timid prior to a right
         one wherever people are consistent, because a single confident mistake outweighs many right answers.
         """
-        held = torch.nonzero(self.fold == fold)[:, 0].to(view.slopes.device)
-        out = torch.zeros(len(held), device=view.slopes.device)
+        out = torch.zeros(int((self.fold == fold).sum()), device=view.slopes.device)
         for shots, counts in SHOTS:
-            parts = []
-            for rows in batches(self.data.grouped().counts[held], view.slopes.shape[1]):
-                index, real = self.data.grouped().padded(held[rows])
-                asked = (self.query[index] & real & ~self.data.tie[index]) * self.data.weight[index]
-                margin = view.offset[index] * real
-                if prior is not None:
-                    said = (self.place[index] < shots) & real
-                    few = torch.argsort(~said, dim=1, stable=True)[:, : int(said.sum(1).max())]  # without the padding
-                    told = index.gather(1, few)
-                    weight = said.gather(1, few) * self.data.weight[told]
-                    support = Batch(view.slopes[told], view.offset[told], weight, self._ties(told))
-                    mean = posterior(support, prior, tolerance=1e-3, covariance=False).mean
-                    margin = torch.baddbmm(margin[..., None], view.slopes[index], mean[..., None])[..., 0]
-                parts.append((rows, margin, asked))
-            size = torch.cat([margin[asked > 0].abs() for _, margin, asked in parts]).median().clamp(min=1e-12) / 3
-            for rows, margin, asked in parts:
+            parts = self._told(view, fold, prior, shots)
+            size = torch.cat([margin[asked > 0].abs() for _, margin, _, asked in parts]).median().clamp(min=1e-12) / 3
+            for rows, margin, _, asked in parts:
                 # A user without query divides nothing by nothing and stays NaN.
                 out[rows] += counts * (likelihood.probability(-margin / size) * asked).sum(1) / asked.sum(1)
         return out.cpu()
+
+    def _told(self, view: View, fold: int, prior: Prior | None, shots: int, *, spread: bool = False) -> list[tuple[Tensor, ...]]:
+        """After so many choices, by parts of the fold's held-out users: which of them they are (U,), the mean and the variance (0
+        unless asked for by `spread`) of all their margins (U, n), and what a pair counts: 0 where it is no query."""
+        held = torch.nonzero(self.fold == fold)[:, 0].to(view.slopes.device)
+        parts: list[tuple[Tensor, ...]] = []
+        for rows in batches(self.data.grouped().counts[held], view.slopes.shape[1]):
+            index, real = self.data.grouped().padded(held[rows])
+            asked = (self.query[index] & real & ~self.data.tie[index]) * self.data.weight[index]
+            margin, variance = view.offset[index] * real, torch.zeros(())
+            if prior is not None:
+                said = (self.place[index] < shots) & real
+                few = torch.argsort(~said, dim=1, stable=True)[:, : int(said.sum(1).max())]  # without the padding
+                told, slopes = index.gather(1, few), view.slopes[index]
+                weight = said.gather(1, few) * self.data.weight[told]
+                support = Batch(view.slopes[told], view.offset[told], weight, self._ties(told))
+                found = posterior(support, prior, tolerance=1e-3, covariance=spread)
+                margin = torch.baddbmm(margin[..., None], slopes, found.mean[..., None])[..., 0]
+                variance = variance if found.covariance is None else (slopes @ found.covariance * slopes).sum(2).clamp(min=0)
+            parts.append((rows, margin, variance, asked))
+        return parts
+
+    def sharpness(self, key: Candidate) -> float:
+        """By how much to multiply the margins of a blend: the lowest log loss of held-out users, over all shots.
+
+        The size at which types are told apart best (`population.blend`) says nothing of how seldom people err. No choice is told
+        otherwise for it: the candidates were compared before.
+        """
+        losses = torch.zeros(len(SHARPNESS), dtype=torch.float64)
+        for f, (shots, counts) in itertools.product(range(self.folds), SHOTS):
+            view, prior = self._estimated(key, f)
+            for _, margin, variance, asked in self._told(view, f, prior, shots, spread=True):
+                for number, sharp in enumerate(SHARPNESS):
+                    stated = likelihood.damped(sharp * margin, sharp**2 * variance)
+                    losses[number] += counts * float((likelihood.nll(stated) * asked).sum())
+        return SHARPNESS[int(losses.argmin())]
 
     def curve(self) -> list[dict[str, Any]]:
         """Every candidate with its mean smoothed error and the number of users behind it: JSON-able."""

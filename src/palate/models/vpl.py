@@ -170,8 +170,8 @@ class VPL(RewardModel):
         """(N, 1 + 2 K + H): what `variational.Texts` holds; in the faithful preset the first layers of decoder and encoder."""
         numbers = self._parts()
         if self.published is not None:
-            return embeddings.project(self.first)
-        out = embeddings.project(torch.cat([self.direction[:, None], self.first], dim=1))
+            return embeddings.project(self.first).to(self.first)
+        out = embeddings.project(torch.cat([self.direction[:, None], self.first], dim=1)).to(self.first)
         return Texts.read(out[:, 0], out[:, 1:], numbers).packed()
 
     def score(self, features: Tensor, weights: Tensor) -> Tensor:
