@@ -170,6 +170,8 @@ class _Estimation:
             table, bent = bend
             around = self._selection(straight, self._beside(self.data, table).project(bent.directions), bent=True)
             around.crowd_alone()
+            if personal is not None:
+                personal.judge(chosen)
             if personal is None or around.mean(CROWD) < personal.mean(chosen):
                 self.record["bend"]["chosen"] = True
                 personal, chosen = self._personal(straight, around.crowds.offsets, 0.6, bent=True)
@@ -212,9 +214,8 @@ class _Estimation:
             chosen = selection.select(
                 KAPPAS, model.types, blends, lambda share: self.progress(done + 0.35 * share, "how people differ")
             )
-        else:
+        else:  # nothing to compare, so nobody is held out
             chosen = Candidate(ROUNDS[-1], rank=model.n_bases, kappa=model.kappa)
-            selection.judge(chosen)
         self.record["population"] = {"curve": selection.curve(), "chosen": chosen._asdict()}
         return selection, chosen
 
