@@ -124,7 +124,8 @@ class VPL(RewardModel):
         Not applicable here: the language model with its LoRA and its head of D outputs scaled by .01 (the embedding stands in for
         both), bf16, and gradients accumulated over eight batches of four. Departures: the annealing does not advance in
         evaluation, because nothing is evaluated in training; a context never holds its query; ties, which the published data
-        resolve by a coin, take no part. Somebody who said nothing, for whom there is no answer, gets z = 0, the prior's mean.
+        resolve by a coin, take no part, and every other choice counts as one, whatever its weight. Somebody who said nothing, for
+        whom there is no answer, gets z = 0, the prior's mean.
         """
         out = cls(latent, hidden=hidden, kl=kl, epochs=epochs)
         if not isinstance(latent, int) or hidden < 1:
