@@ -177,7 +177,7 @@ def name_bases(model: RewardModel, pairs: PairSet, encoder: Encoder, *, seed: in
         MissingExtraError: the `style` encoder's packages are missing.
     Cost: one encoding by each encoder (a thousand texts a second), and 800 products (texts x 40) x (texts x bases).
     """
-    sample, offset, slopes = _sample(model, pairs, encoder)
+    sample, offset, slopes = responses_of(model, pairs, encoder)
     weights = model.crowd_weights.double().cpu().numpy()
     rewards = np.column_stack([offset + slopes @ weights, slopes])
     moment = np.square(slopes[sample.chosen] - slopes[sample.rejected]).mean(0)
@@ -206,7 +206,7 @@ def name_profile(model: RewardModel, pairs: PairSet, encoder: Encoder, profile: 
         MismatchError: the profile belongs to another model.
     """
     check_profiles(model, profile)
-    sample, _, slopes = _sample(model, pairs, encoder)
+    sample, _, slopes = responses_of(model, pairs, encoder)
     away = (profile.mean - model.crowd_weights.to(profile.mean)).double().cpu().numpy()
     draw: Callable[[np.random.Generator], Floats] | None = None
     if profile.covariance is not None and len(away):
@@ -220,7 +220,7 @@ def name_profile(model: RewardModel, pairs: PairSet, encoder: Encoder, profile: 
     return _naming(sample, (slopes @ away)[:, None], [profile.user_id], [None], coordinates, draw, seed)
 
 
-class _Sample(NamedTuple):
+class Responses(NamedTuple):
     """The distinct responses in use, and which of them have a rival for the same prompt."""
 
     texts: Ints  # (N',) rows of the responses in use that are compared, sorted by prompt
@@ -239,7 +239,7 @@ class _Sample(NamedTuple):
 
 
 @torch.no_grad()
-def _sample(model: RewardModel, pairs: PairSet, encoder: Encoder) -> tuple[_Sample, Floats, Floats]:
+def responses_of(model: RewardModel, pairs: PairSet, encoder: Encoder) -> tuple[Responses, Floats, Floats]:
     """The responses in use with their offset (N,) and slopes (N, K) under the model."""
     if not len(pairs):
         raise DataError("0 choices; expected pairs whose responses can be compared")
@@ -264,7 +264,7 @@ def _sample(model: RewardModel, pairs: PairSet, encoder: Encoder) -> tuple[_Samp
     style, n_pairs = Style(), len(pairs)
     read = table if encoder.fingerprint == style.fingerprint else style.encode(texts)
     raw = np.asarray(read.rows(torch.from_numpy(kept)).double().cpu().numpy())
-    sample = _Sample(np.arange(len(kept)), numbered, raw, style.names, side[:n_pairs], side[n_pairs:])
+    sample = Responses(np.arange(len(kept)), numbered, raw, style.names, side[:n_pairs], side[n_pairs:])
     centred = sample.centred(raw)
     size = np.sqrt(np.square(centred).sum(0))
     varies = np.flatnonzero(size > 1e-6 * (1 + np.abs(raw).max(0)) * np.sqrt(len(raw)))
@@ -275,7 +275,7 @@ def _sample(model: RewardModel, pairs: PairSet, encoder: Encoder) -> tuple[_Samp
 
 
 def _naming(
-    sample: _Sample,
+    sample: Responses,
     rewards: Floats,
     whats: Sequence[str],
     shares: Sequence[float | None],
@@ -305,7 +305,7 @@ def _naming(
         order = np.argsort(-np.abs(r), kind="stable")
         axes = tuple(Axis(sample.axes[a], float(r[a]), float(bounds[0][a]), float(bounds[1][a]), bool(certain[a])) for a in order)
         best = _best(sample.style, centred[:, j], np.flatnonzero(certain))
-        label = _label([(sample.axes[a], r[a]) for a in best])
+        label = worded([(sample.axes[a], r[a]) for a in best])
         explained = _explained(sample.style, centred[:, j], cluster)
         ends = _extremes(margins[:, j], sample), _extremes(-margins[:, j], sample)
         names.append(Name(what, label, axes, explained, tuple(sample.axes[a] for a in best), shares[j], *ends))
@@ -317,7 +317,7 @@ def _correlations(style: Floats, centred: Floats) -> Floats:
     return np.asarray(style.T @ centred / np.sqrt(np.square(centred).sum(0)).clip(min=1e-300))
 
 
-def _threshold(sample: _Sample, centred: Floats, rng: np.random.Generator) -> float:
+def _threshold(sample: Responses, centred: Floats, rng: np.random.Generator) -> float:
     """What the largest correlation reaches once in twenty times if rewards are dealt anew within each prompt."""
     largest = []
     for _ in range(PERMUTATIONS):
@@ -327,7 +327,7 @@ def _threshold(sample: _Sample, centred: Floats, rng: np.random.Generator) -> fl
 
 
 def _interval(
-    sample: _Sample, rewards: Floats, draw: Callable[[np.random.Generator], Floats] | None, rng: np.random.Generator
+    sample: Responses, rewards: Floats, draw: Callable[[np.random.Generator], Floats] | None, rng: np.random.Generator
 ) -> tuple[Floats, Floats]:
     """(A, J) ends of the interval over resampled prompts; over resampled responses where there are few prompts."""
     n_prompts, fixed, found = int(sample.prompt[-1]) + 1, sample.centred(rewards), []
@@ -372,12 +372,12 @@ def _explained(style: Floats, reward: Floats, cluster: Ints) -> float:
     return max(0.0, float(1 - np.square(reward - told).sum() / np.square(reward).sum()))
 
 
-def _label(axes: Sequence[tuple[str, float]]) -> str:
+def worded(axes: Sequence[tuple[str, float]]) -> str:
     up, down = ([WORDS[name][side] for name, r in axes if (r < 0) == bool(side)] for side in (0, 1))
     return "; ".join(", ".join(words) for words in (up, down) if words) or NO_NAME
 
 
-def _extremes(margin: Floats, sample: _Sample, most: int = 3) -> tuple[int, ...]:
+def _extremes(margin: Floats, sample: Responses, most: int = 3) -> tuple[int, ...]:
     """Rows of the largest positive margins, every pair of texts once."""
     _, first = np.unique(np.stack([sample.chosen, sample.rejected]), axis=1, return_index=True)
     order = first[np.lexsort((first, -margin[first]))]

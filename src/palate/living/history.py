@@ -1,0 +1,157 @@
+"""Everything that one user ever said, kept so that it can be taken back: rows, and which event each of them came with.
+
+Nothing here is ever summarised. A mean and a covariance alone drift away from the answer that all choices give together, and
+nothing can be taken out of them again; the rows of a user's choices are a few thousand numbers.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple, Self
+
+import numpy as np
+
+from palate.errors import DataError
+from palate.living.rows import Rows
+from palate.living.terms import Floats, Ints, Terms
+
+NO_TIME = float("nan")
+
+
+class Forgetting(NamedTuple):
+    """How fast old choices lose weight: 2^-(age / half_life), with the age in seconds, in later choices, or the product of both.
+
+    A pull (a constraint that the user set) is not forgotten.
+    """
+
+    seconds: float | None = None
+    choices: float | None = None
+
+    def check(self) -> None:
+        """Raise `DataError` unless every half-life is above 0 (infinity never forgets)."""
+        for name, value in self._asdict().items():
+            if value is not None and not value > 0:
+                raise DataError(f"a half-life of {value} {name}; expected a number above 0, or None to forget nothing")
+
+
+@dataclass(frozen=True, eq=False)
+class History:
+    """E events in the order in which they came, with the rows of all of them, one event's after another's.
+
+    Attributes:
+        ids: (E,) distinct names.
+        at: (E,) unix seconds, NaN where none was given.
+        n_terms, n_pulls: (E,) how many terms and pulls of `rows` each event brought.
+        count: events that ever came, those taken back included: the next name that is given by itself.
+    """
+
+    ids: tuple[str, ...]
+    at: Floats
+    n_terms: Ints
+    n_pulls: Ints
+    rows: Rows
+    count: int
+
+    @classmethod
+    def empty(cls, n_weights: int) -> Self:
+        none = np.zeros(0, dtype=np.int64)
+        return cls((), np.zeros(0), none, none, Rows.of(Terms.empty(n_weights)), 0)
+
+    def place(self, event_id: str) -> int:
+        """Where an event stands. Raises `DataError` for one that is not here."""
+        try:
+            return self.ids.index(event_id)
+        except ValueError:
+            raise DataError(
+                f"no event {event_id!r} among the {len(self.ids)} of this user (the last are {list(self.ids[-3:])}); "
+                "expected one that came and was not taken back"
+            ) from None
+
+    def named(self, event_id: str | None) -> str:
+        """The name of the next event. Raises `DataError` for one that is taken: the same choice must not count twice."""
+        if event_id is None:
+            return f"event-{self.count}"
+        if event_id in self.ids:
+            raise DataError(
+                f"event {event_id!r} came already; expected a new id, or correct({event_id!r}, ...) to replace what it said"
+            )
+        return event_id
+
+    def appended(self, rows: Rows, event_id: str | None, at: float | None) -> "History":
+        """With one more event at the end."""
+        return History(
+            (*self.ids, self.named(event_id)),
+            np.append(self.at, _time(at)),
+            np.append(self.n_terms, rows.n_terms),
+            np.append(self.n_pulls, len(rows.level)),
+            Rows.concat([self.rows, rows]),
+            self.count + 1,
+        )
+
+    def without(self, event_id: str) -> "History":
+        """With one event taken back, as if it had never come."""
+        return self.kept(np.arange(len(self.ids)) != self.place(event_id))
+
+    def replaced(self, event_id: str, rows: Rows, at: float | None) -> "History":
+        """With other rows for one event, which keeps its place, and its time where no other is given."""
+        i = self.place(event_id)
+        before, after = np.arange(len(self.ids)) < i, np.arange(len(self.ids)) > i
+        times, terms, pulls = self.at.copy(), self.n_terms.copy(), self.n_pulls.copy()
+        times[i] = times[i] if at is None else _time(at)
+        terms[i], pulls[i] = rows.n_terms, len(rows.level)
+        joined = Rows.concat([self._rows(before), rows, self._rows(after)])
+        return History(self.ids, times, terms, pulls, joined, self.count)
+
+    def kept(self, mask: "np.ndarray[tuple[int], np.dtype[np.bool_]]") -> "History":
+        """The events where `mask` (E,) is true."""
+        ids = tuple(name for name, stays in zip(self.ids, mask.tolist(), strict=True) if stays)
+        return History(ids, self.at[mask], self.n_terms[mask], self.n_pulls[mask], self._rows(mask), self.count)
+
+    def _rows(self, events: "np.ndarray[tuple[int], np.dtype[np.bool_]]") -> Rows:
+        return self.rows.only(np.repeat(events, self.n_terms), np.repeat(events, self.n_pulls))
+
+    @property
+    def event(self) -> Ints:
+        """(T,) the event of each term."""
+        return np.repeat(np.arange(len(self.ids)), self.n_terms)
+
+    def order(self) -> Ints:
+        """(E,) events from the first to the last: by time and then name where all have a time, else as they came."""
+        if not len(self.ids) or np.isnan(self.at).any():
+            return np.arange(len(self.ids))
+        return np.lexsort((np.asarray(self.ids), self.at))
+
+    def in_order(self) -> Ints:
+        """(T,) terms from the first to the last."""
+        rank = np.empty(len(self.ids), dtype=np.int64)
+        rank[self.order()] = np.arange(len(self.ids))
+        return np.argsort(rank[self.event], kind="stable")
+
+    def remembered(self, forgetting: Forgetting, now: float | None) -> Floats | None:
+        """(T,) what is left of each term's weight at `now`, or at the last event where that is later or `now` is None.
+
+        None where nothing is forgotten. A choice from after `now` (a clock that jumped) has not aged.
+
+        Raises:
+            DataError: forgetting by seconds, and an event without a time.
+        """
+        if forgetting.seconds is None and forgetting.choices is None:
+            return None
+        age = np.zeros(self.rows.n_terms)
+        if forgetting.choices is not None:
+            age[self.in_order()] += np.arange(len(age))[::-1] / forgetting.choices
+        if forgetting.seconds is not None and len(self.ids):
+            if np.isnan(self.at).any():
+                name = self.ids[int(np.isnan(self.at).argmax())]
+                raise DataError(
+                    f"event {name!r} has no time, and this population forgets by time; expected update(..., at=seconds)"
+                )
+            last = float(self.at.max()) if now is None else max(now, float(self.at.max()))
+            age += ((last - self.at) / forgetting.seconds)[self.event]
+        return np.asarray(np.exp2(-age))
+
+
+def _time(at: float | None) -> float:
+    if at is None:
+        return NO_TIME
+    if not np.isfinite(at):
+        raise DataError(f"at is {at}; expected unix seconds, or None for an event without a time")
+    return float(at)

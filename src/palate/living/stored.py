@@ -1,0 +1,98 @@
+"""A live profile as bytes: one safetensors file with the rows, the answer, and in its head whose model it is. Nothing is run."""
+
+import json
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.numpy import load, save
+
+from palate.errors import DataError, MismatchError, ModelFileError
+from palate.living.history import History
+from palate.living.rows import Rows
+from palate.living.solver import Solved
+
+if TYPE_CHECKING:
+    from palate.living.population import Population
+    from palate.living.profile import LiveProfile
+
+FORMAT, VERSION = "palate-live-profile", "1"
+
+
+def written(live: "LiveProfile") -> bytes:
+    """See `LiveProfile.to_bytes`."""
+    history, solved = live.history, live.solved
+    arrays: dict[str, NDArray[Any]] = {f"rows.{name}": value for name, value in history.rows._asdict().items()}
+    arrays |= {"at": history.at, "n_terms": history.n_terms, "n_pulls": history.n_pulls}
+    arrays |= {"mean": solved.mean, "flips": solved.flips, "modes": solved.modes}
+    if solved.covariance is not None:
+        arrays["covariance"] = solved.covariance
+    head = {
+        "format": FORMAT,
+        "version": VERSION,
+        "model": live.population.fingerprint,
+        "user_id": live.user_id,
+        "ids": json.dumps(history.ids),
+        "count": str(history.count),
+        "now": json.dumps(live.now),
+        "converged": json.dumps(solved.converged),
+        "settings": settings(live.population),
+    }
+    return bytes(save({name: np.ascontiguousarray(value) for name, value in arrays.items()}, head))
+
+
+class Read(NamedTuple):
+    """What the bytes hold."""
+
+    user_id: str
+    history: History
+    solved: Solved
+    now: float | None
+    settings: str
+
+
+def read(data: bytes, fingerprint: str, n_weights: int) -> Read:
+    """See `Population.from_bytes`."""
+    try:
+        arrays = load(data)
+        head = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")]).get("__metadata__", {})
+    except (SafetensorError, ValueError, TypeError, KeyError) as error:
+        raise ModelFileError(f"{len(data)} bytes are no live profile ({error}); expected what to_bytes returned") from error
+    if head.get("format") != FORMAT or head.get("version") != VERSION:
+        raise ModelFileError(
+            f"the bytes are {head.get('format', 'a foreign file')} version {head.get('version')}; "
+            f"expected {FORMAT} version {VERSION}"
+        )
+    if head.get("model") != fingerprint:
+        raise MismatchError(
+            f"a profile of model {str(head.get('model'))[:12]} given to model {fingerprint[:12]}; "
+            "weights mean nothing under another model: adapt again from the log of events"
+        )
+    try:
+        rows = Rows(*(arrays[f"rows.{name}"] for name in Rows._fields))
+        columns = arrays["at"], arrays["n_terms"], arrays["n_pulls"]
+        history = History(tuple(json.loads(head["ids"])), *columns, rows, int(head["count"]))
+        _check(history, n_weights)
+        done, spread = bool(json.loads(head["converged"])), arrays.get("covariance")
+        solved = Solved(arrays["mean"], spread, arrays["flips"], arrays["modes"], done)
+        if solved.mean.shape != (n_weights,) or (solved.covariance is not None and solved.covariance.shape != (n_weights,) * 2):
+            raise DataError(f"its mean has shape {solved.mean.shape} for {n_weights} weights")
+        now = json.loads(head["now"])
+        return Read(str(head["user_id"]), history, solved, None if now is None else float(now), str(head["settings"]))
+    except (KeyError, ValueError, TypeError, IndexError) as error:
+        raise ModelFileError(f"no complete live profile ({error}); adapt this user again from the log of events") from error
+
+
+def _check(history: History, n_weights: int) -> None:
+    rows, n = history.rows, len(history.ids)
+    if any(column.shape != (n,) for column in (history.at, history.n_terms, history.n_pulls)) or len(set(history.ids)) != n:
+        raise DataError(f"{n} event ids, {len(set(history.ids))} of them distinct, for times {history.at.shape}")
+    if history.n_terms.sum() != rows.n_terms or history.n_pulls.sum() != len(rows.level) or rows.size.sum() != len(rows.offset):
+        raise DataError(f"events of {int(history.n_terms.sum())} terms with {rows.n_terms} of them")
+    rows.terms().check(n_weights)
+
+
+def settings(population: "Population") -> str:
+    """What the answer depends on beside the model and the rows."""
+    return json.dumps([population.forgetting, population.flips])
