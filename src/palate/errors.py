@@ -38,3 +38,31 @@ class ConvergenceError(PalateError, RuntimeError):
 
 class MissingExtraError(PalateError, ImportError):
     """An optional package that is not installed; the message holds the command that installs it."""
+
+
+class StoreError(PalateError, OSError):
+    """The store of profiles could not do what it was asked; nothing that it acknowledged before is lost."""
+
+
+class StoreBusyError(StoreError):
+    """The store is locked, slow or has too much waiting; the same call can succeed in a moment."""
+
+
+class QueueFullError(StoreBusyError):
+    """More writes are waiting than the queue may hold; nothing of this one was kept."""
+
+
+class StoreDownError(StoreError):
+    """No answer from the database server. A write that was under way may or may not have landed; ask again under its key."""
+
+
+class StoreFullError(StoreError):
+    """The disk, or the share of it that the store may use, is full; what was asked for is not written."""
+
+
+class StoreReadOnlyError(StoreError):
+    """The store can be read and not written."""
+
+
+class StoreCorruptError(StoreError):
+    """The file is damaged, or no store of Palate at all."""
