@@ -31,14 +31,17 @@ def test_version_help_and_nothing(palate_command: Run) -> None:
     assert palate_command("--version") == (0, f"palate {palate.__version__}\n", "")
     code, out, err = palate_command("--help")
     assert (code, err) == (0, "")
-    for command in ("demo", "validate", "fit", "adapt", "rank", "compare", "train", "bench", "judge", "doctor", "data"):
+    for command in ("demo", "validate", "fit", "adapt", "rank", "compare", "train", "bench", "judge", "serve", "forget", "data"):
         assert f" {command} " in out
     assert "personal taste" in palate_command()[1]
 
 
 @pytest.mark.parametrize(
     "command",
-    ["demo", "validate", "fit", "adapt", "rank", "compare", "train", "bench", "judge", "doctor", "data", "data synthetic"],
+    [
+        *("demo", "validate", "fit", "adapt", "rank", "compare", "train", "bench", "judge", "doctor", "data", "data synthetic"),
+        *("serve", "keys", "keys add", "export", "forget", "prune"),
+    ],
 )
 def test_every_command_has_help(command: str, palate_command: Run) -> None:
     code, out, _ = palate_command(*command.split(), "--help")

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from palate.adaptation import Profile, Profiles, adapt, margins
     from palate.alignment.hub import load_scorer, push_to_hub
     from palate.carrying import carry
+    from palate.client import AsyncClient, Client
     from palate.data.embeddings import Dense, Embeddings, Joined, OneHot
     from palate.data.pairs import Choice, EmbeddedPairs, Message, PairSet, Text
     from palate.data.readers import load_pairs, load_valid_pairs
@@ -40,6 +41,10 @@ if TYPE_CHECKING:
     )
     from palate.evaluation import Evaluation, compare, evaluate
     from palate.growing import grow
+    from palate.living.explain import Explainer
+    from palate.living.floor import Floor
+    from palate.living.profile import LiveProfile
+    from palate.living.together import together
     from palate.models.attribute_prior import AttributePrior
     from palate.models.base import RewardModel, load_model
     from palate.models.factored import BradleyTerry, LoRe
@@ -59,12 +64,14 @@ if TYPE_CHECKING:
     from palate.report.card import model_card
     from palate.runs import train
     from palate.scoring import Scorer
+    from palate.store import open_store
     from palate.training import fit
 
 _HOME = {
     "palate.adaptation": ("Profile", "Profiles", "adapt", "margins"),
     "palate.alignment.hub": ("load_scorer", "push_to_hub"),
     "palate.carrying": ("carry",),
+    "palate.client": ("AsyncClient", "Client"),
     "palate.data.embeddings": ("Dense", "Embeddings", "Joined", "OneHot"),
     "palate.data.pairs": ("Choice", "EmbeddedPairs", "Message", "PairSet", "Text"),
     "palate.data.readers": ("load_pairs", "load_valid_pairs"),
@@ -81,6 +88,10 @@ _HOME = {
     ),
     "palate.evaluation": ("Evaluation", "compare", "evaluate"),
     "palate.growing": ("grow",),
+    "palate.living.explain": ("Explainer",),
+    "palate.living.floor": ("Floor",),
+    "palate.living.profile": ("LiveProfile",),
+    "palate.living.together": ("together",),
     "palate.models.attribute_prior": ("AttributePrior",),
     "palate.models.base": ("RewardModel", "load_model"),
     "palate.models.factored": ("BradleyTerry", "LoRe"),
@@ -100,6 +111,7 @@ _HOME = {
     "palate.report.card": ("model_card",),
     "palate.runs": ("train",),
     "palate.scoring": ("Scorer",),
+    "palate.store": ("open_store",),
     "palate.training": ("fit",),
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
@@ -161,6 +173,13 @@ __all__ = [  # noqa: RUF022 - in the order of the way through, then the errors
     "Naming",
     "Scorer",
     "load_scorer",
+    "LiveProfile",
+    "Explainer",
+    "Floor",
+    "together",
+    "open_store",
+    "Client",
+    "AsyncClient",
     "evaluate",
     "compare",
     "Evaluation",

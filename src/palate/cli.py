@@ -11,7 +11,19 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from palate import bench_cli, cache_cli, data_cli, hub_cli, judge_cli, terminal, training_cli, tuning_cli
+from palate import (
+    bench_cli,
+    cache_cli,
+    data_cli,
+    hub_cli,
+    judge_cli,
+    keys_cli,
+    serve_cli,
+    store_cli,
+    terminal,
+    training_cli,
+    tuning_cli,
+)
 from palate.errors import DataError
 from palate.version import __version__
 
@@ -26,6 +38,7 @@ app = typer.Typer(
 )
 app.add_typer(data_cli.app, name="data")
 app.add_typer(cache_cli.app, name="cache")
+app.add_typer(keys_cli.app, name="keys")
 
 Rows = Annotated[
     Path,
@@ -158,6 +171,10 @@ app.command("bench")(bench_cli.bench)
 app.command("judge")(judge_cli.judge)
 app.command("card")(hub_cli.card)
 app.command("push")(hub_cli.push)
+app.command("serve")(serve_cli.serve)
+app.command("export")(store_cli.export)
+app.command("forget")(store_cli.forget)
+app.command("prune")(store_cli.prune)
 
 
 @app.command()
