@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 KEY := $(shell cat pyproject.toml constraints.txt | cksum | cut -d ' ' -f 1)
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
-.PHONY: demo test test-fast lint bench crash clean
+.PHONY: demo test test-fast lint bench crash soak clean
 .DEFAULT_GOAL := help
 
 .PHONY: help
@@ -19,7 +19,8 @@ help:
 	@echo "make test-fast  pytest without the slow tests, stopping at the first failure (the inner loop)"
 	@echo "make lint       ruff and mypy"
 	@echo "make bench      the speed figures, into bench-report/"
-	@echo "make crash      kill an encoding process at 50 random moments and resume: are the features byte-identical? (10 minutes)"
+	@echo "make crash      kill encoders, stores and servers at hundreds of random moments: is everything still there, once? (an hour)"
+	@echo "make soak       an hour of requests to the service: does its memory stay flat?"
 	@echo "make clean      remove .venv, caches and reports"
 
 $(BIN)/python:
@@ -55,6 +56,12 @@ bench: $(VENV)/.test-$(KEY)
 
 crash: $(VENV)/.test-$(KEY)
 	$(BIN)/python -m benchmarks.kill_encoder
+	$(BIN)/python -m benchmarks.kill_store --trials 200
+	$(BIN)/python -m benchmarks.kill_store --database postgres --trials 50
+	$(BIN)/python -m benchmarks.kill_server --trials 200
+
+soak: $(VENV)/.test-$(KEY)
+	$(BIN)/python -m benchmarks.serving --soak 60
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis demo-report bench-report

@@ -119,23 +119,20 @@ def served(lane: Lane, folder: Path) -> Iterator[Service]:
             thread.join()
 
 
-def schemathesis(service: Service, examples: int, seed: int, *more: str) -> subprocess.CompletedProcess[str]:
-    """All checks of schemathesis over the document of a service; `more` are options of its command line."""
+def schemathesis(service: Service, examples: int, seed: int, *more: str) -> tuple[int, str]:
+    """(exit code, what it said) of all checks of schemathesis over the document of a service.
+
+    It says it into a file of the service's folder while it runs. `more` are options of its command line.
+    """
     command = [sys.executable, "-m", "schemathesis.cli", "run", f"{service.url}/openapi.json", "--checks", "all", "--no-color"]
     command += ["--header", f"Authorization: Bearer {service.key}", "--max-examples", str(examples), "--seed", str(seed)]
-    command += [
-        "--exclude-checks",
-        OWN,
-        "--continue-on-failure",
-        "--request-timeout",
-        "60",
-        "--generation-database",
-        "none",
-        *more,
-    ]
-    # in the service's folder, where what schemathesis leaves for `st replay` goes away with it
-    environment = os.environ | {"SCHEMATHESIS_HOOKS": str(CHECKS)}
-    return subprocess.run(command, capture_output=True, text=True, check=False, cwd=service.log.parent, env=environment)
+    command += ["--exclude-checks", OWN, "--continue-on-failure", "--request-timeout", "60", "--generation-database", "none"]
+    environment, said = os.environ | {"SCHEMATHESIS_HOOKS": str(CHECKS)}, service.log.with_name("schemathesis.txt")
+    with said.open("w", encoding="utf-8") as out:  # run there, so that what it leaves for `st replay` goes away with the folder
+        done = subprocess.run(
+            [*command, *more], stdout=out, stderr=subprocess.STDOUT, check=False, cwd=said.parent, env=environment
+        )
+    return done.returncode, said.read_text(encoding="utf-8")
 
 
 def hostile(key: str) -> dict[str, tuple[bytes, tuple[int, ...]]]:
@@ -235,22 +232,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--examples", type=int, default=100, help="of every operation and phase")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=None, help="file for all that schemathesis says")
+    parser.add_argument("--folder", type=Path, help="empty folder for the store, the log and all that schemathesis says, to keep")
     parser.add_argument("more", nargs="*", help="options of schemathesis, after --")
     arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory() as name, served(small_lane(), Path(name)) as service:
+    with tempfile.TemporaryDirectory() as name, served(small_lane(), arguments.folder or Path(name)) as service:
         start = time.perf_counter()
-        found = schemathesis(service, arguments.examples, arguments.seed, *arguments.more)
-        if arguments.out is not None:
-            arguments.out.write_text(found.stdout + found.stderr, encoding="utf-8")
-        print(found.stdout[-2000:], found.stderr[-2000:], sep="\n")
+        code, said = schemathesis(service, arguments.examples, arguments.seed, *arguments.more)
+        print(said[-2000:])
         wrong = wrong_answers(service)
         answers, failures = service.answers(), service.failures()
         leaked = PLANTED in service.log.read_text(encoding="utf-8") + service.metrics.render()[0].decode()
         print(f"{sum(answers.values())} requests in {time.perf_counter() - start:.0f} s; answers by status: {answers}")
         print(f"{len(hostile(''))} hostile requests; answered wrongly: {wrong or 'none'}")
         print(f"answers of 500 or more: {failures or 'none'}; the planted text in the log or the metrics: {leaked}")
-    raise SystemExit(found.returncode != 0 or bool(failures) or bool(wrong) or leaked)
+    raise SystemExit(code != 0 or bool(failures) or bool(wrong) or leaked)
 
 
 if __name__ == "__main__":

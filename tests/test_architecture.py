@@ -54,7 +54,18 @@ OPTIONAL = (
         "regex",
     ),
     *("openai", "peft", "sentence_transformers", "tenacity", "tokenizers", "transformers"),
-    *("fastapi", "httptools", "prometheus_client", "psycopg", "sqlalchemy", "starlette", "structlog", "uvicorn", "uvloop"),
+    *(
+        "fastapi",
+        "httptools",
+        "httpx",
+        "prometheus_client",
+        "psycopg",
+        "sqlalchemy",
+        "starlette",
+        "structlog",
+        "uvicorn",
+        "uvloop",
+    ),
 )
 
 
@@ -236,6 +247,8 @@ def test_every_missing_extra_message_holds_the_command() -> None:
         ("load_encoder('minilm')", "minilm"),
         ("load_encoder('style').embed(pairs)", "style"),
         ("load_pairs('rows.parquet')", "data"),
+        ("open_store('x.db')", "serve"),
+        ("Client('http://127.0.0.1:1')", "client"),
     ],
 )
 def test_a_missing_extra_is_said_with_its_command(code: str, extra: str, tmp_path: Path) -> None:

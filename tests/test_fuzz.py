@@ -37,8 +37,8 @@ def test_hostile_bytes_are_refused_and_the_service_lives(fuzz: Any, service: Any
 
 def test_schemathesis_finds_nothing(fuzz: Any, service: Any) -> None:
     """Examples, data that fits and data that does not, of every operation; all checks."""
-    found = fuzz.schemathesis(service, 2, 0, "--phases", "examples,fuzzing")
-    assert found.returncode == 0, found.stdout[-5000:] + found.stderr[-2000:]
+    code, said = fuzz.schemathesis(service, 2, 0, "--phases", "examples,fuzzing")
+    assert code == 0, said[-5000:]
     assert service.failures() == {}
     answers = service.answers()
     assert {"200", "422"} <= set(answers), answers

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
         MissingExtraError,
         ModelFileError,
         PalateError,
+        StoreError,
         UnknownUserError,
     )
     from palate.evaluation import Evaluation, compare, evaluate
@@ -84,7 +85,7 @@ _HOME = {
     "palate.end_to_end": ("Passes", "fit_through"),
     "palate.errors": (
         *("ConvergenceError", "DataError", "LeakError", "MismatchError"),
-        *("MissingExtraError", "ModelFileError", "PalateError", "UnknownUserError"),
+        *("MissingExtraError", "ModelFileError", "PalateError", "StoreError", "UnknownUserError"),
     ),
     "palate.evaluation": ("Evaluation", "compare", "evaluate"),
     "palate.growing": ("grow",),
@@ -194,6 +195,7 @@ __all__ = [  # noqa: RUF022 - in the order of the way through, then the errors
     "MismatchError",
     "ConvergenceError",
     "MissingExtraError",
+    "StoreError",
     "__version__",
 ]
 
