@@ -1,5 +1,5 @@
 """`python -m benchmarks PART ...`: speed (the default, which needs no data), accuracy, questions, ablations, robust, sentences,
-encoders, judges, exposure, floor, noise, transfer, complexity, convergence or pictures.
+encoders, judges, exposure, floor, living, noise, transfer, complexity, convergence or pictures.
 """
 
 import sys
@@ -13,6 +13,7 @@ from benchmarks import (
     exposure,
     floor,
     judges,
+    living,
     noise,
     pictures,
     questions,
@@ -26,7 +27,7 @@ PARTS = {"speed": speed.main, "accuracy": accuracy.main, "questions": questions.
 PARTS |= {"ablations": ablations.main, "robust": robust.main}
 PARTS |= {"sentences": sentences.main, "encoders": encoders.main}
 PARTS |= {"noise": noise.main, "transfer": transfer.main, "complexity": complexity.main}
-PARTS |= {"judges": judges.main, "exposure": exposure.main, "floor": floor.main}
+PARTS |= {"judges": judges.main, "exposure": exposure.main, "floor": floor.main, "living": living.main}
 PARTS |= {"convergence": convergence.main, "pictures": pictures.main}
 
 given = sys.argv[1:]

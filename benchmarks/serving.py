@@ -36,7 +36,7 @@ from palate.store import Consent, Event, Write, open_store
 
 K, CANDIDATES, PROMPTS, SAID = 16, 16, 60, 10
 TENANT, CONNECTIONS, GROUP = "default", 64, 500
-SOAKED = 2000  # users of a soak: few enough that every cache is full after minutes, and what grows then is a leak
+SOAKED = 500  # users of a soak: few enough that every cache is full after minutes, and what grows then is a leak
 
 
 def prepare(folder: Path, users: int) -> None:
@@ -177,6 +177,19 @@ class Load:
         await asyncio.gather(*tasks)
         return np.array(took)
 
+    async def back_and_forth(self, per_second: float, seconds: float) -> None:
+        """Choices that are taken back at once, by one client."""
+        connection, end = await self.free.get(), time.perf_counter() + seconds
+        while time.perf_counter() < end:
+            prompt, texts = self.known[self.rng.integers(len(self.known))]
+            path, event_id = f"/v1/users/user-{self.rng.integers(self.users)}/feedback", f"{self.rng.integers(2**60)}"
+            choice = {"kind": "choice", "prompt": prompt, "chosen": texts[0], "rejected": texts[1], "event_id": event_id}
+            for event in (choice, {"kind": "undo", "of": event_id}):
+                if await connection.ask(request(path, json.dumps(event).encode())) != 200:
+                    raise SystemExit("feedback was not taken")
+            await asyncio.sleep(1 / per_second)
+        self.free.put_nowait(connection)
+
     async def as_fast_as_it_goes(self, make: Callable[[], bytes], seconds: float, clients: int = 16) -> float:
         """Answers a second to so many clients who each ask again at once."""
         end, done = time.perf_counter() + seconds, 0
@@ -246,12 +259,12 @@ async def figures(load: Load, folder: Path, seconds: float, process: psutil.Proc
 
 
 async def soak(load: Load, minutes: float, process: psutil.Process) -> None:
-    """Ask at 100/s and give feedback at 5/s; memory is read twenty times."""
+    """Rank at 100/s, and give and take back choices 5 times a second, so that no history grows; memory is read twenty times."""
     await load.connect()
     at = []
     for part in range(20):
         seconds = 60 * minutes / 20
-        took, _ = await asyncio.gather(load.at_rate(load.rank, 100, seconds), load.at_rate(load.feedback, 5, seconds))
+        took, _ = await asyncio.gather(load.at_rate(load.rank, 100, seconds), load.back_and_forth(2.5, seconds))
         at.append(process.memory_info().rss / 2**20)
         print(
             f"{(part + 1) * minutes / 20:.1f} min: {at[-1]:.1f} MiB, rank p99 {1e3 * np.quantile(took, 0.99):.1f} ms", flush=True
