@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 KEY := $(shell cat pyproject.toml constraints.txt | cksum | cut -d ' ' -f 1)
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
-.PHONY: demo test test-fast lint bench crash soak clean
+.PHONY: demo test test-fast lint bench crash fuzz soak clean
 .DEFAULT_GOAL := help
 
 .PHONY: help
@@ -20,6 +20,7 @@ help:
 	@echo "make lint       ruff and mypy"
 	@echo "make bench      the speed figures, into bench-report/"
 	@echo "make crash      kill encoders, stores and servers at hundreds of random moments: is everything still there, once? (an hour)"
+	@echo "make fuzz       requests that the service's own description allows and forbids, by the thousand (half an hour)"
 	@echo "make soak       an hour of requests to the service: does its memory stay flat?"
 	@echo "make clean      remove .venv, caches and reports"
 
@@ -59,6 +60,9 @@ crash: $(VENV)/.test-$(KEY)
 	$(BIN)/python -m benchmarks.kill_store --trials 200
 	$(BIN)/python -m benchmarks.kill_store --database postgres --trials 50
 	$(BIN)/python -m benchmarks.kill_server --trials 200
+
+fuzz: $(VENV)/.test-$(KEY)
+	$(BIN)/python -m benchmarks.fuzz_server
 
 soak: $(VENV)/.test-$(KEY)
 	$(BIN)/python -m benchmarks.serving --soak 60

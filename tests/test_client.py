@@ -323,5 +323,3 @@ def test_a_missing_httpx_is_said_with_its_command(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setitem(sys.modules, "httpx", None)
     with pytest.raises(palate.MissingExtraError, match=r"pip install 'palate\[client\]'"):
         Client("http://127.0.0.1:8000")
-
-

@@ -49,9 +49,13 @@ Words = Annotated[
 ]
 EventId = Annotated[str, Field(min_length=1, max_length=128, pattern=r"^[A-Za-z0-9._:~-]+$")]
 Several = Annotated[
-    tuple[Words, ...], BeforeValidator(listed), Field(max_length=MAX_SHOWN, json_schema_extra={"uniqueItems": True})
+    tuple[Words, ...], Field(max_length=MAX_SHOWN, json_schema_extra={"uniqueItems": True}), BeforeValidator(listed)
 ]
-Shown = Annotated[Several, Field(min_length=2)]
+Shown = Annotated[
+    tuple[Words, ...],
+    Field(min_length=2, max_length=MAX_SHOWN, json_schema_extra={"uniqueItems": True}),
+    BeforeValidator(listed),
+]
 
 
 class Strict(BaseModel):
@@ -153,7 +157,7 @@ class Event(Strict):
 class Said(Event):
     """An event about responses to a prompt."""
 
-    prompt: Asked | Annotated[tuple[Turn, ...], BeforeValidator(listed), Field(min_length=1, max_length=MAX_TURNS)]
+    prompt: Asked | Annotated[tuple[Turn, ...], Field(min_length=1, max_length=MAX_TURNS), BeforeValidator(listed)]
     weight: float = Field(
         default=1.0, gt=0, le=MAX_WEIGHT, allow_inf_nan=False, description="how much it counts, times its kind's trust"
     )
