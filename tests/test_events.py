@@ -285,8 +285,9 @@ def test_anything_else_is_an_event_or_a_data_error(kind: type[Event], change: di
 def test_a_time_to_come_is_refused() -> None:
     event = Thumbed(prompt="", response="a", up=True, at=2000.0)
     check_time(event, now=1800.0)
-    with pytest.raises(DataError, match="dated 1000 s ahead of now"):
-        check_time(event, now=1000.0)
+    for said in (event, Correction(of="a", event=event)):
+        with pytest.raises(DataError, match="dated 1000 s ahead of now"):
+            check_time(said, now=1000.0)
 
 
 def test_consent_is_asked_for_and_shown() -> None:

@@ -19,6 +19,7 @@ import palate
 from palate.data.pairs import EmbeddedPairs
 from palate.data.planted import Planted, two_groups
 from palate.errors import DataError, MismatchError, ModelFileError
+from palate.living import solver
 from palate.living.flips import Flips
 from palate.living.learning import learn_flip_rate, learn_half_life
 from palate.living.population import Population
@@ -291,6 +292,7 @@ def test_an_event_comes_once_and_goes_once() -> None:
     np.testing.assert_array_equal(said.undo("a").mean, blank)
     np.testing.assert_allclose(said.undo("a").update(choices(3), event_id="a").mean, said.mean, atol=1e-9)
     assert live.n_events == 0  # a value: nothing above changed it
+    assert live.update(choices(1), event_id="event-1").update(choices(1)).event_ids == ("event-1", "event-2")
 
 
 # -- other methods
@@ -351,6 +353,8 @@ def test_old_choices_weigh_less_by_count_and_by_time() -> None:
     np.testing.assert_allclose(far.covariance, model.prior.covariance, rtol=1e-9)
     with pytest.raises(DataError, match="has no time"):
         by_time.update(data[:1])
+    silent = by_time.update(Terms.empty(3), event_id="silence")  # nothing of it is forgotten, so it needs no time
+    np.testing.assert_allclose(silent.mean, by_time.mean, atol=1e-9)
 
 
 @pytest.mark.parametrize("wrong", [{"half_life": 0.0}, {"half_life_choices": -1.0}, {"flip_rate": 0.5}])
@@ -520,6 +524,23 @@ def test_the_evidence_of_a_change_is_that_of_two_people() -> None:
     assert change.evidence == pytest.approx(float(logsumexp(factors)), abs=1e-8)
     assert change.when == f"event-{1 + int(np.argmax(factors))}"
     assert change.log_bayes_factor == pytest.approx(max(factors), abs=1e-8)
+
+
+def test_people_who_err_have_not_moved() -> None:
+    """The evidence of a change is that under the flip rates, of each part on its own."""
+    flips = Flips((0.05, 0.3), (0.6, 0.4))
+    population = Population.of(gaussian(), flip_rate=flips)
+    terms, prior = population.terms(choices(6, seed=2)), population.components("ada")
+    live = population.start("ada")
+    for row in range(6):
+        live = live.update(one(terms, row))
+
+    def evidence(*rows: int) -> float:
+        found = solver.erring(Rows.of(Terms.concat([one(terms, row) for row in rows])), prior, np.array(flips.rates))
+        return float(logsumexp(found.log_evidence[:, 0] + np.log(flips.shares)))
+
+    factors = [evidence(*range(t)) + evidence(*range(t, 6)) - evidence(*range(6)) for t in range(1, 6)]
+    assert live.change().evidence == pytest.approx(float(logsumexp(factors)), abs=1e-8)
 
 
 # -- on disk

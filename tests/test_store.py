@@ -40,6 +40,7 @@ from palate.store import (
     State,
     Write,
     Written,
+    forgetting,
     open_store,
 )
 from palate.store.database import ProfileStore
@@ -530,6 +531,8 @@ def test_a_driver_that_is_missing_is_said_with_its_command(monkeypatch: pytest.M
     [
         ("sqlite://", "in memory"),
         ("sqlite:///:memory:", "in memory"),
+        ("sqlite:///file::memory:?uri=true", "in memory"),
+        ("sqlite:///file:name?vfs=memdb&uri=true", "in memory"),
         ("mysql://localhost/x", "no store in mysql"),
         ("://", "no URL"),
         ("no/such/folder/profiles.db", "no folder"),
@@ -682,3 +685,30 @@ def test_the_rules_need_no_database() -> None:
     known = Known({}, {}, set(), floor=41)
     out = decide([Write("acme", "ada", 0, consent=YES), Write("acme", "ada", 42, (said(1),))], known, 0.0, 1.0)
     assert out.outcomes == [Written(42, 1, 0), Written(43, 1, 1)]
+
+
+def test_two_who_scrub_at_once_leave_nothing_undone(on_file: ProfileStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("ada", "bob"):
+        on_file.write([Write("acme", name, 0, (said(1),), {"m": b"1"}, YES)])
+    on_file.delete("acme", "ada", scrub=False)
+    truncate = forgetting._truncate_log
+
+    def meanwhile(*given: Any) -> None:  # another process does all of it while this one is in the middle
+        monkeypatch.setattr(forgetting, "_truncate_log", truncate)
+        with open_store(str(on_file._database.path)) as other:
+            other.scrub()
+        truncate(*given)
+
+    monkeypatch.setattr(forgetting, "_truncate_log", meanwhile)
+    on_file.scrub()
+    assert on_file.unscrubbed() == 0
+    on_file.delete("acme", "bob", scrub=False)
+    assert on_file.unscrubbed() == 1  # and not 0, with which the next scrub would do nothing
+
+
+@pytest.mark.parametrize("before", [float("nan"), float("inf"), 1.7e12])
+def test_a_limit_of_retention_that_is_none(on_file: ProfileStore, before: float) -> None:
+    on_file.write([Write("acme", "ada", 0, (said(1),), {}, YES)])
+    with pytest.raises(DataError, match="not milliseconds"):
+        on_file.prune(before, idle=True)
+    assert len(on_file.events("acme", "ada")) == 1

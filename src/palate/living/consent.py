@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from palate.errors import DataError
 
-PERSONALISE = "personalise"  # the purpose that the store and the server ask for
+PERSONALISE = "personalise"  # the purpose that the server asks for; the store asks only whether the last record grants one
 LATEST = 4_102_444_800.0  # 2100-01-01, in unix seconds: a time in milliseconds is later
 
 Seconds = Annotated[float, Field(ge=0, le=LATEST, allow_inf_nan=False, description="unix seconds (not milliseconds)")]

@@ -317,9 +317,11 @@ def _reasons(error: ValidationError) -> Iterator[str]:
 
 
 def check_time(event: Event, now: float) -> None:
-    """Raise `DataError` where an event is dated more than `AHEAD` seconds after `now` (unix seconds)."""
-    if event.at is not None and event.at > now + AHEAD:
-        raise DataError(f"the event is dated {event.at - now:.0f} s ahead of now; expected a time that has been, in unix seconds")
+    """Raise `DataError` where an event, or what it puts in the place of another, is dated more than `AHEAD` seconds after `now`
+    (unix seconds)."""
+    for at in (event.at, event.event.at if isinstance(event, Correction) else None):
+        if at is not None and at > now + AHEAD:
+            raise DataError(f"the event is dated {at - now:.0f} s ahead of now; expected a time that has been, in unix seconds")
 
 
 def apply(

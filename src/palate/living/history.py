@@ -4,6 +4,7 @@ Nothing here is ever summarised. A mean and a covariance alone drift away from t
 nothing can be taken out of them again; the rows of a user's choices are a few thousand numbers.
 """
 
+import itertools
 from dataclasses import dataclass
 from typing import NamedTuple, Self
 
@@ -68,7 +69,7 @@ class History:
     def named(self, event_id: str | None) -> str:
         """The name of the next event. Raises `DataError` for one that is taken: the same choice must not count twice."""
         if event_id is None:
-            return f"event-{self.count}"
+            return next(name for number in itertools.count(self.count) if (name := f"event-{number}") not in self.ids)
         if event_id in self.ids:
             raise DataError(
                 f"event {event_id!r} came already; expected a new id, or correct({event_id!r}, ...) to replace what it said"
@@ -114,8 +115,9 @@ class History:
         return np.repeat(np.arange(len(self.ids)), self.n_terms)
 
     def order(self) -> Ints:
-        """(E,) events from the first to the last: by time and then name where all have a time, else as they came."""
-        if not len(self.ids) or np.isnan(self.at).any():
+        """(E,) events from the first to the last: by time and then name where all that say something have a time, else as they
+        came."""
+        if not len(self.ids) or (np.isnan(self.at) & (self.n_terms > 0)).any():
             return np.arange(len(self.ids))
         return np.lexsort((np.asarray(self.ids), self.at))
 
@@ -131,20 +133,22 @@ class History:
         None where nothing is forgotten. A choice from after `now` (a clock that jumped) has not aged.
 
         Raises:
-            DataError: forgetting by seconds, and an event without a time.
+            DataError: forgetting by seconds, and an event without a time that has something to forget.
         """
         if forgetting.seconds is None and forgetting.choices is None:
             return None
         age = np.zeros(self.rows.n_terms)
         if forgetting.choices is not None:
             age[self.in_order()] += np.arange(len(age))[::-1] / forgetting.choices
-        if forgetting.seconds is not None and len(self.ids):
-            if np.isnan(self.at).any():
-                name = self.ids[int(np.isnan(self.at).argmax())]
+        if forgetting.seconds is not None and len(age):
+            timeless = np.isnan(self.at) & (self.n_terms > 0)  # a pull, and an event that says nothing, need no time
+            if timeless.any():
+                name = self.ids[int(timeless.argmax())]
                 raise DataError(
                     f"event {name!r} has no time, and this population forgets by time; expected update(..., at=seconds)"
                 )
-            last = float(self.at.max()) if now is None else max(now, float(self.at.max()))
+            latest = float(np.nanmax(self.at))
+            last = latest if now is None else max(now, latest)
             age += ((last - self.at) / forgetting.seconds)[self.event]
         return np.asarray(np.exp2(-age))
 

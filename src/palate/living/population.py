@@ -17,7 +17,7 @@ from palate.living.problem import Components
 from palate.living.profile import LiveProfile
 from palate.living.rows import Rows
 from palate.living.solver import Solved, mixed
-from palate.living.stored import read, settings
+from palate.living.stored import Weights, read, settings, weights
 from palate.living.terms import Floats, Rewards, Terms
 from palate.models.attribute_prior import AttributePrior, Informed
 from palate.models.base import Newton, RewardModel
@@ -119,6 +119,13 @@ class Population:
         user_id, history, solved, now, made_with = read(data, self.fingerprint, self.n_weights)
         live = LiveProfile(self, user_id, history, solved, now)
         return live if made_with == settings(self) else live.again()
+
+    def weights_of(self, data: bytes) -> Weights | None:
+        """The weights in what `LiveProfile.to_bytes` wrote, without reading the rest; None where `from_bytes` must be asked.
+
+        As they were when they were written: where this population forgets with time, that is not now.
+        """
+        return weights(data, self)
 
     # -- from texts to rows
 

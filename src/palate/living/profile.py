@@ -159,7 +159,8 @@ class LiveProfile:
         Raises:
             DataError: a method without a prior, whose evidence is not defined.
         """
-        return changed(self.history, self.population.components(self.user_id), self.population.view, run_length)
+        population = self.population
+        return changed(self.history, population.components(self.user_id), population.view, population.flips, run_length)
 
     # -- on disk
 

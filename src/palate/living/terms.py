@@ -104,8 +104,10 @@ class Terms(NamedTuple):
         largest = np.maximum(np.abs(self.slopes).max(initial=0.0), np.abs(self.offset).max())  # keeps NaN, max() may not
         if not largest < FAR:  # NaN is not
             raise DataError(f"utilities have slopes or offsets of {largest}; expected finite numbers in log-odds")
-        if not (bool((self.weight >= 0).all()) and np.isfinite(self.weight).all()):
-            raise DataError(f"weights of terms are from {self.weight.min()} to {self.weight.max()}; expected finite, at least 0")
+        if not (bool((self.weight >= 0).all()) and bool((self.weight < FAR).all())):
+            raise DataError(
+                f"weights of terms are from {self.weight.min()} to {self.weight.max()}; expected at least 0, below {FAR:g}"
+            )
         total = np.add.reduceat(self.target, self.start)
         if not (bool((self.target >= 0).all()) and bool((np.abs(total - 1) < 1e-6).all())):
             raise DataError(f"targets sum to {total[:5]} by term; expected shares of at least 0 that sum to 1")

@@ -134,7 +134,11 @@ class DOptimal:
 
     def score(self, belief: Belief, pool: Pool, generator: torch.Generator) -> Tensor:
         if belief.prior is None:
-            raise DataError("a D-optimal design needs a prior of the weights, and this method has none; use one with a prior")
+            raise DataError(
+                "a D-optimal design needs a prior of the weights and the pairs that were asked, which a profile's mean and "
+                "covariance do not hold; give a Belief with `prior` and `said`, of a method with a prior, or choose by "
+                "MutualInformation()"
+            )
         precision = torch.linalg.inv(belief.prior.covariance.double())
         quarter = None if belief.said is None else torch.full_like(belief.said.offset, 0.25)
         information = belief.information(quarter).double()

@@ -137,33 +137,39 @@ class People:
                 person = person._replace(read=now)
                 self._persons.put(who, person)
                 return person
-        held = await self.held(who, only_first=True)
-        return self.person_of(held) if held.lives or not held.last else None
+        held = self._helds.get(who)
+        if held is not None and self._clock() - held.read < self.fresh:
+            return self.person_of(held) if held.lives or not held.last else None
+        epoch = self._epoch
+        # Handing a read of a SQLite file to a thread and back costs more than the read, and a log being written blocks no reader.
+        found = self._weighed(who) if self.store.local else await self.call(self._weighed, who)
+        if found is not None and epoch == self._epoch:
+            self._put(who, found)
+        return found
 
     def now(self) -> float:
         """What `read` of something that was just written is."""
         return self._clock()
 
-    async def held(self, who: Who, *, reread: bool = False, only_first: bool = False) -> Held:
-        """The user's whole profiles.
-
-        Args:
-            reread: ask the store, whatever is at hand.
-            only_first: only the first lane's that is up to date, not kept; for ranking.
-        """
+    async def held(self, who: Who, *, reread: bool = False) -> Held:
+        """The user's whole profiles; with `reread` the store is asked, whatever is at hand."""
         held = None if reread else self._helds.get(who)
         if held is not None and self._clock() - held.read < self.fresh:
             return held
         epoch = self._epoch
-        held = await self.call(self._read, who, only_first)
+        held = await self.call(self._read, who)
         if epoch == self._epoch:
             newest = self._persons.get(who)
             if newest is None or newest.read <= held.read:  # else it was written while this was being read
-                if not only_first:
-                    self._helds.put(who, held)
+                self._helds.put(who, held)
                 if held.lives or not held.last:
                     self._persons.put(who, self.person_of(held))
         return held
+
+    def _put(self, who: Who, person: Person) -> None:
+        newest = self._persons.get(who)
+        if newest is None or newest.read <= person.read:
+            self._persons.put(who, person)
 
     def keep(self, who: Who, held: Held) -> Person:
         """Take over what was just written."""
@@ -190,7 +196,7 @@ class People:
                 return Person(held.version, lane, np.array(lane.aged(life).mean), life.n_events > 0, held.read)
         return Person(held.version, self.lanes[0], self.lanes[0].crowd, False, held.read)
 
-    def _read(self, who: Who, only_first: bool) -> Held:
+    def _read(self, who: Who) -> Held:
         """In a thread: the user as the store has them, with the profiles that every event is in."""
         now, user = self._clock(), self.store.read(*who)
         if user is None:
@@ -203,6 +209,23 @@ class People:
                     lives[lane.fingerprint] = lane.population.from_bytes(state.blob)
                 except ModelFileError:
                     continue  # the log is the truth: learned again from it
-                if only_first:
-                    break
         return Held(user.version, user.consent, user.last, lives, now)
+
+    def _weighed(self, who: Who) -> Person | None:
+        """What ranking needs, from the first lane that every event is in, and of the profile no more than that."""
+        now, user = self._clock(), self.store.read(*who)
+        if user is None or not user.last:
+            return Person(0 if user is None else user.version, self.lanes[0], self.lanes[0].crowd, False, now)
+        for lane in self.lanes:
+            state = user.states.get(lane.fingerprint)
+            if state is None or state.through != user.last:
+                continue
+            light = lane.population.weights_of(state.blob) if lane.population.forgetting.seconds is None else None
+            if light is not None:
+                return Person(user.version, lane, np.array(light.mean), light.said, now)  # a copy: the bytes can go
+            try:
+                life = lane.population.from_bytes(state.blob)
+            except ModelFileError:
+                continue  # the log is the truth: learned again from it
+            return Person(user.version, lane, np.array(lane.aged(life).mean), life.n_events > 0, now)
+        return None

@@ -76,6 +76,7 @@ class ProfileStore:
     Attributes:
         keys: the API keys of the service, as hashes.
         models: the models that profiles are learned with, side by side.
+        local: whether it is a file of SQLite, which one reads without a wait.
 
     Raises:
         DataError: a URL of no store, or one in memory.
@@ -89,6 +90,7 @@ class ProfileStore:
         self._database = Database(url, patience=patience, connections=connections)
         self.name, self.key_life = self._database.name, key_life
         self.keys, self.models = Keys(self._database), Models(self._database)
+        self.local = self._database.engine.dialect.name == "sqlite"
 
     def __repr__(self) -> str:
         return f"ProfileStore({self.name!r})"
@@ -202,6 +204,8 @@ class ProfileStore:
             before: unix seconds.
             idle: delete users whole who have not been written to since then.
             scrub: as for `delete`.
+
+        Raises `DataError` for a time that is ahead of now, as one in milliseconds is.
         """
         found = forgetting.prune(self._database, before, idle=idle, key_life=self.key_life)
         if scrub:

@@ -12,6 +12,7 @@ from palate.errors import DataError, MissingExtraError, StoreReadOnlyError
 
 SQLITE = "sqlite+pysqlite"
 POSTGRES = "postgresql+psycopg"
+IN_MEMORY = (":memory:", "file::memory:")
 BEGIN = "palate_begin"  # execution option: how SQLite begins ("IMMEDIATE" to write), or None for one statement on its own
 CHECKPOINT_PAGES = 1000  # of 4 KiB: a log of 4 MiB is folded into the file (in a thread beside it was measured to be no faster)
 
@@ -29,10 +30,11 @@ def parsed(url: str) -> URL:
             found = make_url(url)
         except ArgumentError as error:
             raise DataError(f"{url!r} is no URL of a store; expected a path or postgresql+psycopg://user@host/name") from error
+    vfs = found.query.get("vfs", "")
     name = {"sqlite": SQLITE, "postgresql": POSTGRES, "postgres": POSTGRES}.get(found.drivername, found.drivername)
     if name not in (SQLITE, POSTGRES):
         raise DataError(f"no store in {found.drivername}; expected a path, sqlite:///path or postgresql+psycopg://user@host/name")
-    if name == SQLITE and (not found.database or found.database == ":memory:" or "mode=memory" in str(found)):
+    if name == SQLITE and (not found.database or found.database in IN_MEMORY or "mode=memory" in str(found) or "memdb" in vfs):
         raise DataError("a store in memory loses every acknowledged choice with its process; give the path of a file")
     return found.set(drivername=name)
 

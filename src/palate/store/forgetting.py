@@ -10,13 +10,15 @@ import time
 from typing import Any
 
 from sqlalchemy import and_, delete, exists, func, select, tuple_, update
+from sqlalchemy.dialects import postgresql, sqlite
 
-from palate.errors import StoreBusyError
+from palate.errors import DataError, StoreBusyError
 from palate.store.records import Deleted, Pruned
 from palate.store.sessions import Database
 from palate.store.tables import PERSONAL, answers, events, meta, states, users
 
 PAGE = 200  # users that one transaction of a prune touches
+AHEAD = 86400.0  # seconds; a limit of retention beyond it is no time in seconds, and would forget everything
 
 
 def delete_user(database: Database, tenant: str, user_id: str) -> Deleted:
@@ -41,9 +43,17 @@ def _raise_floor(connection: Any, version: int) -> None:
 
 def unscrubbed(database: Database) -> int:
     """How many deletions still wait for their bytes to be overwritten."""
+    deletions, scrubbed = _counted(database)
+    return deletions - scrubbed
+
+
+def _counted(database: Database) -> tuple[int, int]:
+    """Deletions that ever were, and how many of them were scrubbed: two numbers that only grow, so that two processes that scrub
+    at once do not take the same deletion off twice, and with it the next one."""
     with database.reading("checking") as connection:
-        count: int = connection.execute(select(meta.c.value).where(meta.c.name == "unscrubbed")).scalar_one()
-    return count
+        found = connection.execute(select(meta.c.name, meta.c.value).where(meta.c.name.in_(("unscrubbed", "scrubbed")))).all()
+    values: dict[str, int] = {row.name: row.value for row in found}
+    return values["unscrubbed"], values.get("scrubbed", 0)
 
 
 def scrub(database: Database) -> None:
@@ -52,7 +62,7 @@ def scrub(database: Database) -> None:
     Raises:
         StoreBusyError: somebody still reads the state before; the rows are deleted, and this has to be called again.
     """
-    seen = unscrubbed(database)
+    seen, _ = _counted(database)
     with database.outside("overwriting deleted rows") as connection:
         if database.is_file:
             _truncate_log(database, connection)  # the zeros that secure_delete wrote reach the file before it shrinks
@@ -61,7 +71,9 @@ def scrub(database: Database) -> None:
         else:
             _vacuum_full(database, connection)
     with database.writing("overwriting deleted rows") as connection:
-        connection.execute(update(meta).where(meta.c.name == "unscrubbed").values(value=meta.c.value - seen))
+        insert = sqlite.insert if database.is_file else postgresql.insert
+        put = insert(meta).values(name="scrubbed", value=seen)
+        connection.execute(put.on_conflict_do_update(index_elements=["name"], set_={"value": seen}, where=meta.c.value < seen))
 
 
 def _truncate_log(database: Database, connection: Any) -> None:
@@ -101,6 +113,10 @@ def _vacuum_full(database: Database, connection: Any) -> None:
 
 def prune(database: Database, before: float, *, idle: bool, key_life: float) -> Pruned:
     """Forget events from before a moment, in order; the profiles learned from them go too, to be learned from what is left."""
+    if not before <= time.time() + AHEAD:  # NaN is not
+        raise DataError(
+            f"events from before {before} are to be forgotten; expected a past time in unix seconds, not milliseconds"
+        )
     n_events = n_users = n_deleted = 0
     if idle:
         n_deleted = _delete_idle(database, before)
