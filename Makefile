@@ -4,6 +4,7 @@
 PYTHON ?= python3
 VENV   ?= .venv
 OUT    ?= demo-report
+JOBS   ?= 2
 
 BIN := $(VENV)/bin
 KEY := $(shell cat pyproject.toml constraints.txt | cksum | cut -d ' ' -f 1)
@@ -46,8 +47,9 @@ lint: $(VENV)/.test-$(KEY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# Two processes of one thread each: torch gains little from a second thread on tests this small. A file is one process's, for its fixtures.
 test: lint
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 test-fast: $(VENV)/.test-$(KEY)
 	$(BIN)/python -m pytest -x -q -m "not slow"
