@@ -263,9 +263,18 @@ class Explainer:
         return Terms.empty(len(pull))._replace(pulls=pull[None], level=np.array([level]), std=np.array([edit.softness * people]))
 
     def edited(self, live: LiveProfile, edit: AxisEdit) -> LiveProfile:
-        """The profile with the edit as an event, in the place of an earlier one of the same axis; `undo(edit.name)` ends it."""
+        """The profile with the edit as an event, in the place of an earlier one of the same axis; `undo(edit.name)` ends it.
+
+        Raises `DataError` where the event of that name is no edit, but something that was said.
+        """
         said = self.terms(edit)
         if edit.name in live.event_ids:
+            place = live.history.place(edit.name)
+            if live.history.n_terms[place] or not live.history.n_pulls[place]:
+                raise DataError(
+                    f"event {edit.name!r} came already and is no edit of an axis, which it would replace; "
+                    "expected an edit with an event_id of its own"
+                )
             return live.correct(edit.name, said, edit.at)
         return live.update(said, event_id=edit.name, at=edit.at)
 

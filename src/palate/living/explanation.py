@@ -57,6 +57,7 @@ class Explanation(BaseModel):
     Attributes:
         label: in words, what is wanted before what is not: "longer, more formal; less hedged".
         sure: whether anything could be named with certainty; where not, the label says so.
+        n_choices: how many they made; a rating is one, however many terms of the likelihood it has.
         explained: share of the person's departure from the crowd that four axes of style predict, in [0, 1].
         threshold: the correlation that the best axis reaches by chance once in twenty times.
         likings: every axis that varies, the strongest correlation first.

@@ -41,6 +41,8 @@ class History:
         ids: (E,) distinct names.
         at: (E,) unix seconds, NaN where none was given.
         n_terms, n_pulls: (E,) how many terms and pulls of `rows` each event brought.
+        n_choices: (E,) how many choices each was: as many as terms where it was pairs, 1 where a person did one thing that
+            several terms stand for (a rating, a ranking), 0 where it has no term.
         count: events that ever came, those taken back included: the next name that is given by itself.
     """
 
@@ -48,13 +50,14 @@ class History:
     at: Floats
     n_terms: Ints
     n_pulls: Ints
+    n_choices: Ints
     rows: Rows
     count: int
 
     @classmethod
     def empty(cls, n_weights: int) -> Self:
         none = np.zeros(0, dtype=np.int64)
-        return cls((), np.zeros(0), none, none, Rows.of(Terms.empty(n_weights)), 0)
+        return cls((), np.zeros(0), none, none, none, Rows.of(Terms.empty(n_weights)), 0)
 
     def place(self, event_id: str) -> int:
         """Where an event stands. Raises `DataError` for one that is not here."""
@@ -76,13 +79,14 @@ class History:
             )
         return event_id
 
-    def appended(self, rows: Rows, event_id: str | None, at: float | None) -> "History":
+    def appended(self, rows: Rows, n_choices: int, event_id: str | None, at: float | None) -> "History":
         """With one more event at the end."""
         return History(
             (*self.ids, self.named(event_id)),
             np.append(self.at, _time(at)),
             np.append(self.n_terms, rows.n_terms),
             np.append(self.n_pulls, len(rows.level)),
+            np.append(self.n_choices, n_choices),
             Rows.concat([self.rows, rows]),
             self.count + 1,
         )
@@ -91,20 +95,21 @@ class History:
         """With one event taken back, as if it had never come."""
         return self.kept(np.arange(len(self.ids)) != self.place(event_id))
 
-    def replaced(self, event_id: str, rows: Rows, at: float | None) -> "History":
+    def replaced(self, event_id: str, rows: Rows, n_choices: int, at: float | None) -> "History":
         """With other rows for one event, which keeps its place, and its time where no other is given."""
         i = self.place(event_id)
         before, after = np.arange(len(self.ids)) < i, np.arange(len(self.ids)) > i
-        times, terms, pulls = self.at.copy(), self.n_terms.copy(), self.n_pulls.copy()
+        times, terms, pulls, choices = self.at.copy(), self.n_terms.copy(), self.n_pulls.copy(), self.n_choices.copy()
         times[i] = times[i] if at is None else _time(at)
-        terms[i], pulls[i] = rows.n_terms, len(rows.level)
+        terms[i], pulls[i], choices[i] = rows.n_terms, len(rows.level), n_choices
         joined = Rows.concat([self._rows(before), rows, self._rows(after)])
-        return History(self.ids, times, terms, pulls, joined, self.count)
+        return History(self.ids, times, terms, pulls, choices, joined, self.count)
 
     def kept(self, mask: "np.ndarray[tuple[int], np.dtype[np.bool_]]") -> "History":
         """The events where `mask` (E,) is true."""
         ids = tuple(name for name, stays in zip(self.ids, mask.tolist(), strict=True) if stays)
-        return History(ids, self.at[mask], self.n_terms[mask], self.n_pulls[mask], self._rows(mask), self.count)
+        columns = self.at[mask], self.n_terms[mask], self.n_pulls[mask], self.n_choices[mask]
+        return History(ids, *columns, self._rows(mask), self.count)
 
     def _rows(self, events: "np.ndarray[tuple[int], np.dtype[np.bool_]]") -> Rows:
         return self.rows.only(np.repeat(events, self.n_terms), np.repeat(events, self.n_pulls))
@@ -127,6 +132,16 @@ class History:
         rank[self.order()] = np.arange(len(self.ids))
         return np.argsort(rank[self.event], kind="stable")
 
+    def later(self) -> Ints:
+        """(T,) how many choices came after each term: the terms of an event are one choice, or as many one after another."""
+        order, first = self.order(), np.cumsum(self.n_terms) - self.n_terms
+        up_to = np.empty(len(order), dtype=np.int64)
+        up_to[order] = np.cumsum(self.n_choices[order])
+        event = self.event
+        behind = (first + self.n_terms - 1)[event] - np.arange(len(event))  # terms of the same event
+        own = np.where((self.n_choices == self.n_terms)[event], behind, 0)
+        return np.asarray((self.n_choices.sum() - up_to)[event] + own)
+
     def remembered(self, forgetting: Forgetting, now: float | None) -> Floats | None:
         """(T,) what is left of each term's weight at `now`, or at the last event where that is later or `now` is None.
 
@@ -139,7 +154,7 @@ class History:
             return None
         age = np.zeros(self.rows.n_terms)
         if forgetting.choices is not None:
-            age[self.in_order()] += np.arange(len(age))[::-1] / forgetting.choices
+            age += self.later() / forgetting.choices
         if forgetting.seconds is not None and len(age):
             timeless = np.isnan(self.at) & (self.n_terms > 0)  # a pull, and an event that says nothing, need no time
             if timeless.any():

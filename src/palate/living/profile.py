@@ -14,6 +14,7 @@ from palate.data.pairs import EmbeddedPairs
 from palate.errors import DataError
 from palate.living.change import Change, changed
 from palate.living.history import History
+from palate.living.rows import Rows
 from palate.living.solver import Solved
 from palate.living.stored import written
 from palate.living.terms import Floats, Terms
@@ -50,7 +51,8 @@ class LiveProfile:
         """With one more event: choices of this user, or any terms. Terms without rows are an event that says nothing.
 
         Args:
-            said: choices (projected through the model), or terms over the model's weights (`Population.rewards`, `Terms`).
+            said: choices (projected through the model), each of which counts as one; or terms over the model's weights
+                (`Population.rewards`, `Terms`), which are one choice together, however many they are.
             event_id: its name, by which it can be taken back; by default "event-0" and so on.
             at: unix seconds, needed where the population forgets by time.
 
@@ -60,7 +62,7 @@ class LiveProfile:
         Cost: two to four Newton steps from the last answer, about 0.2 ms for 10 weights and 50 choices.
         """
         rows = self.population.rows(said, self.user_id)
-        return self._with(self.history.appended(rows, event_id, at))
+        return self._with(self.history.appended(rows, _choices(said, rows), event_id, at))
 
     def undo(self, event_id: str) -> "LiveProfile":
         """As if the event had never come. Raises `DataError` for one that is not here."""
@@ -72,7 +74,7 @@ class LiveProfile:
         Raises: as `update`, and `DataError` for an event that is not here.
         """
         rows = self.population.rows(said, self.user_id)
-        return self._with(self.history.replaced(event_id, rows, at))
+        return self._with(self.history.replaced(event_id, rows, _choices(said, rows), at))
 
     def at(self, now: float) -> "LiveProfile":
         """As of `now` (unix seconds): what was said has aged until then. Never back before the last event."""
@@ -118,8 +120,13 @@ class LiveProfile:
 
     @property
     def n_terms(self) -> int:
-        """Choices that say something, of all events."""
+        """Terms of the likelihood, of all events; a rating from 0 to 10 has ten."""
         return self.history.rows.n_terms
+
+    @property
+    def n_choices(self) -> int:
+        """Choices that say something, of all events; a rating is one."""
+        return int(self.history.n_choices.sum())
 
     @property
     def event_ids(self) -> tuple[str, ...]:
@@ -145,7 +152,7 @@ class LiveProfile:
             self.user_id,
             torch.from_numpy(self.mean).to(kind),
             None if spread is None else torch.from_numpy(spread).to(kind),
-            self.n_terms,
+            self.n_choices,
             self.converged,
             self.population.fingerprint,
         )
@@ -167,3 +174,8 @@ class LiveProfile:
     def to_bytes(self) -> bytes:
         """Everything, as one safetensors file; `Population.from_bytes` reads it. Personal data: treat it as such."""
         return written(self)
+
+
+def _choices(said: EmbeddedPairs | Terms, rows: Rows) -> int:
+    """How many choices an event is (`History.n_choices`)."""
+    return rows.n_terms if isinstance(said, EmbeddedPairs) else min(1, rows.n_terms)

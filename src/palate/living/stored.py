@@ -24,7 +24,7 @@ def written(live: "LiveProfile") -> bytes:
     """See `LiveProfile.to_bytes`."""
     history, solved = live.history, live.solved
     arrays: dict[str, NDArray[Any]] = {f"rows.{name}": value for name, value in history.rows._asdict().items()}
-    arrays |= {"at": history.at, "n_terms": history.n_terms, "n_pulls": history.n_pulls}
+    arrays |= {"at": history.at, "n_terms": history.n_terms, "n_pulls": history.n_pulls, "n_choices": history.n_choices}
     arrays |= {"mean": solved.mean, "flips": solved.flips, "modes": solved.modes}
     if solved.covariance is not None:
         arrays["covariance"] = solved.covariance
@@ -71,14 +71,19 @@ def read(data: bytes, fingerprint: str, n_weights: int) -> Read:
         )
     try:
         rows = Rows(*(arrays[f"rows.{name}"] for name in Rows._fields))
-        columns = arrays["at"], arrays["n_terms"], arrays["n_pulls"]
+        columns = arrays["at"], arrays["n_terms"], arrays["n_pulls"], arrays.get("n_choices", arrays["n_terms"])
         history = History(tuple(json.loads(head["ids"])), *columns, rows, int(head["count"]))
         _check(history, n_weights)
         done, spread = bool(json.loads(head["converged"])), arrays.get("covariance")
         solved = Solved(arrays["mean"], spread, arrays["flips"], arrays["modes"], done)
         if solved.mean.shape != (n_weights,) or (solved.covariance is not None and solved.covariance.shape != (n_weights,) * 2):
             raise DataError(f"its mean has shape {solved.mean.shape} for {n_weights} weights")
+        for name in ("mean", "covariance", "flips", "modes"):
+            if name in arrays and not np.isfinite(arrays[name]).all():
+                raise DataError(f"its {name} has a number that is NaN or infinite")
         now = json.loads(head["now"])
+        if now is not None and not np.isfinite(now):
+            raise DataError(f"its now is {now}")
         return Read(str(head["user_id"]), history, solved, None if now is None else float(now), str(head["settings"]))
     except (KeyError, ValueError, TypeError, IndexError) as error:
         raise ModelFileError(f"no complete live profile ({error}); adapt this user again from the log of events") from error
@@ -103,15 +108,22 @@ def weights(data: bytes, population: "Population") -> Weights | None:
         if own != (FORMAT, VERSION, population.fingerprint, settings(population)) or mean["dtype"] != "F64":
             return None
         found = np.frombuffer(data[8 + length + start : 8 + length + stop], dtype="<f8")
-        return Weights(found, head["ids"] != "[]") if found.shape == (population.n_weights,) else None
+        sound = found.shape == (population.n_weights,) and bool(np.isfinite(found).all())
+        return Weights(found, head["ids"] != "[]") if sound else None
     except (KeyError, TypeError, ValueError):
         return None
 
 
 def _check(history: History, n_weights: int) -> None:
     rows, n = history.rows, len(history.ids)
-    if any(column.shape != (n,) for column in (history.at, history.n_terms, history.n_pulls)) or len(set(history.ids)) != n:
+    counts = {"n_terms": history.n_terms, "n_pulls": history.n_pulls, "n_choices": history.n_choices, "rows.size": rows.size}
+    if any(column.shape != (n,) for column in (history.at, *counts.values())[:4]) or len(set(history.ids)) != n:
         raise DataError(f"{n} event ids, {len(set(history.ids))} of them distinct, for times {history.at.shape}")
+    for name, column in counts.items():
+        if column.dtype.kind != "i" or int(column.min(initial=0)) < 0:
+            raise DataError(f"its {name} is {column[:5]} of {column.dtype}; expected counts")
+    if (history.n_choices > history.n_terms).any() or np.isinf(history.at).any():
+        raise DataError(f"events of {history.n_choices[:5]} choices in {history.n_terms[:5]} terms, at {history.at[:5]}")
     if history.n_terms.sum() != rows.n_terms or history.n_pulls.sum() != len(rows.level) or rows.size.sum() != len(rows.offset):
         raise DataError(f"events of {int(history.n_terms.sum())} terms with {rows.n_terms} of them")
     rows.terms().check(n_weights)

@@ -109,7 +109,7 @@ class Belief(NamedTuple):
         if self.said is None:
             raise DataError(
                 "this way of choosing looks at the pairs that were answered, and a profile's mean and covariance do not hold "
-                "them; choose by MutualInformation() or InformationGain(), or give a Belief with `said`"
+                "them; choose by MutualInformation() or InformationGain(), or give a living profile, or a Belief with `said`"
             )
         if curvature is None:
             curvature = likelihood.curvature(self.said.margins(self.mean))

@@ -7,8 +7,11 @@ import torch
 from torch import Tensor
 
 from palate.errors import DataError
+from palate.living.profile import LiveProfile
+from palate.priors import Prior
 from palate.questions.belief import Belief, Pool
 from palate.questions.rules import MutualInformation, Question
+from palate.solvers import Batch
 
 SAME = 1e-6  # pairs whose slopes and offsets differ by less, relative to their length, are one question
 
@@ -24,13 +27,35 @@ class Known(Protocol):
 
 
 def belief_of(known: Known) -> Belief:
-    """The belief about one user: U = 1, without the choices that it comes from. Raises `DataError` for shapes that disagree."""
+    """The belief about one user: U = 1; of a living profile with what was said and the prior, else without.
+
+    What was said is pairs, each with what is left of its weight: a choice among m is broken into pairs (`Rows.broken`), and an
+    axis that was set by hand, which is no answer, is left out. Raises `DataError` for shapes that disagree.
+    """
     mean = torch.as_tensor(known.mean)
     covariance = None if known.covariance is None else torch.as_tensor(known.covariance).to(mean)
     if mean.ndim != 1 or (covariance is not None and covariance.shape != (len(mean), len(mean))):
         shape = None if covariance is None else tuple(covariance.shape)
         raise DataError(f"a profile has mean {tuple(mean.shape)} and covariance {shape}; expected (K,) and (K, K)")
-    return Belief(mean[None], None if covariance is None else covariance[None], None, None)
+    said, prior = (_said(known), _prior(known)) if isinstance(known, LiveProfile) else (None, None)
+    return Belief(mean[None], None if covariance is None else covariance[None], said, prior)
+
+
+def _said(live: LiveProfile) -> Batch:
+    """The pairs that a living profile is made from, (1, t, K). Only what they were about counts, and not how they came out."""
+    rows = live.history.rows.weighted(live.history.remembered(live.population.forgetting, live.now))
+    pairs = len(rows.offset) == rows.n_terms  # each term is one row, as for most users: nothing is to be broken
+    offset, slopes, weight = (rows.offset, rows.slopes, rows.weight) if pairs else rows.broken()
+    return Batch(torch.tensor(slopes)[None], torch.tensor(offset)[None], torch.tensor(weight)[None], None)
+
+
+def _prior(live: LiveProfile) -> Prior | None:
+    """The prior over this user's weights; None for a method without one."""
+    if live.population.prior is None:
+        return live.population.model.prior
+    log_share, means, factors, walls = live.population.components(live.user_id)
+    share = torch.tensor(log_share).softmax(0)
+    return Prior(share, torch.tensor(means), torch.tensor(factors), None if walls is None else torch.tensor(walls))
 
 
 @torch.no_grad()
@@ -50,7 +75,7 @@ def next_questions(
     expected of their answers (`Belief.expecting`), the mean stays. So a batch needs no answer in between and says little twice.
 
     Args:
-        known: a profile, or a `Belief` of one user for the ways of choosing that look at what was answered.
+        known: a profile. Ways of choosing that look at what was answered need a living one, or a `Belief` of one user.
         pool: the pairs, such as `Pool.of(model, pairs)` or `pairs_among` the responses at hand.
         question: how to choose; `MutualInformation()` by default.
         n: at least 1.

@@ -136,8 +136,8 @@ class DOptimal:
         if belief.prior is None:
             raise DataError(
                 "a D-optimal design needs a prior of the weights and the pairs that were asked, which a profile's mean and "
-                "covariance do not hold; give a Belief with `prior` and `said`, of a method with a prior, or choose by "
-                "MutualInformation()"
+                "covariance do not hold; give a living profile, or a Belief with `prior` and `said`, of a method with a prior, "
+                "or choose by MutualInformation()"
             )
         precision = torch.linalg.inv(belief.prior.covariance.double())
         quarter = None if belief.said is None else torch.full_like(belief.said.offset, 0.25)

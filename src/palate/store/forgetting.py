@@ -15,7 +15,7 @@ from sqlalchemy.dialects import postgresql, sqlite
 from palate.errors import DataError, StoreBusyError
 from palate.store.records import Deleted, Pruned
 from palate.store.sessions import Database
-from palate.store.tables import PERSONAL, answers, events, meta, states, users
+from palate.store.tables import ONE_MORE, PERSONAL, answers, events, meta, states, users
 
 PAGE = 200  # users that one transaction of a prune touches
 AHEAD = 86400.0  # seconds; a limit of retention beyond it is no time in seconds, and would forget everything
@@ -38,7 +38,7 @@ def _raise_floor(connection: Any, version: int) -> None:
     """Whoever comes back begins above every version ever deleted: a profile kept in some memory cannot pass for theirs."""
     higher = and_(meta.c.name == "floor", meta.c.value < version)
     connection.execute(update(meta).where(higher).values(value=version))
-    connection.execute(update(meta).where(meta.c.name == "unscrubbed").values(value=meta.c.value + 1))
+    connection.execute(ONE_MORE)
 
 
 def unscrubbed(database: Database) -> int:
@@ -135,6 +135,8 @@ def prune(database: Database, before: float, *, idle: bool, key_life: float) -> 
                 n_events, n_users = n_events + gone, n_users + (gone > 0)
     with database.writing("pruning") as connection:
         expired = connection.execute(delete(answers).where(answers.c.at < time.time() - key_life)).rowcount
+        if expired:
+            connection.execute(ONE_MORE)
     return Pruned(n_events, n_users, n_deleted, expired)
 
 
@@ -147,7 +149,7 @@ def _prune_user(connection: Any, owner: int, before: float) -> int:
     if gone:
         connection.execute(delete(states).where(states.c.owner == owner))
         connection.execute(update(users).where(users.c.id == owner).values(version=users.c.version + 1))
-        connection.execute(update(meta).where(meta.c.name == "unscrubbed").values(value=meta.c.value + 1))
+        connection.execute(ONE_MORE)
     return gone
 
 

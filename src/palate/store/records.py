@@ -78,7 +78,8 @@ class Write:
         request: what the key stands for, where the kinds and payloads of the events do not say it all.
 
     Raises:
-        DataError: an id that is empty, too long, or not storable; a time that is none; nothing to write.
+        DataError: an id that is empty, too long, or not storable; a time that is none; a version that is no whole number; a state
+            that is no bytes; a withdrawal of consent with events, which could not land; nothing to write.
     """
 
     tenant: str
@@ -93,8 +94,8 @@ class Write:
 
     def __post_init__(self) -> None:
         check_user(self.tenant, self.user_id)
-        if not 0 <= self.expected < MOST:
-            raise DataError(f"the expected version is {self.expected}; expected that of a read user, or 0 for a new one")
+        if type(self.expected) is not int or not 0 <= self.expected < MOST:
+            raise DataError(f"the expected version is {self.expected!r}; expected that of a read user, or 0 for a new one")
         if self.key is not None:
             check_name("idempotency key", self.key)
         for event in self.events:
@@ -102,12 +103,19 @@ class Write:
             check_name("kind", event.kind)
             check_text("payload", event.payload)
             _check_time(event.at)
-        for model in self.states:
+        for model, blob in self.states.items():
             check_name("fingerprint", model)
+            if not isinstance(blob, bytes):
+                raise DataError(f"the state under model {model[:12]!r} is a {type(blob).__name__}; expected bytes")
         if self.consent is not None:
             check_name("purpose", self.consent.purpose)
             check_name("version of the text", self.consent.text_version)
             _check_time(self.consent.at)
+            if self.events and not self.consent.given:
+                raise DataError(
+                    f"a withdrawal of consent comes with {len(self.events)} events, which it refuses; send the withdrawal alone, "
+                    "or it would be lost with them"
+                )
         check_text("answer", self.answer or "")
         check_text("request", self.request or "")
         if len({event.event_id for event in self.events}) != len(self.events):

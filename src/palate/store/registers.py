@@ -11,7 +11,7 @@ from sqlalchemy.dialects import postgresql, sqlite
 from palate.errors import DataError
 from palate.store.records import ApiKey, Model, check_name
 from palate.store.sessions import Database
-from palate.store.tables import keys, models, states
+from palate.store.tables import ONE_MORE, keys, models, states
 
 PAGE = 1000  # rows that one transaction deletes
 
@@ -81,7 +81,8 @@ class Models:
     def retire(self, fingerprint: str) -> int:
         """Take a model out of use and delete every profile under it, a thousand in a transaction; how many those were.
 
-        The log of feedback stays. Where this is stopped half-way, call it again.
+        The log of feedback stays, and so do the profiles' bytes in the files, until `ProfileStore.scrub`. Where this is stopped
+        half-way, call it again.
         """
         with self._database.writing("retiring a model") as connection:
             connection.execute(update(models).where(models.c.fingerprint == fingerprint).values(retired=time.time()))
@@ -93,6 +94,7 @@ class Models:
                 if not owners:
                     return deleted
                 connection.execute(delete(states).where(states.c.model == fingerprint, states.c.owner.in_(owners)))
+                connection.execute(ONE_MORE)
             deleted, after = deleted + len(owners), owners[-1]
 
 

@@ -96,4 +96,7 @@ models = Table(
 
 meta = Table("palate_meta", metadata, Column("name", Text, primary_key=True), Column("value", BigInteger, nullable=False))
 
+# One more deletion whose bytes wait to be overwritten.
+ONE_MORE = meta.update().where(meta.c.name == "unscrubbed").values(value=meta.c.value + 1)
+
 PERSONAL = (users, events, states, consents, answers)  # every table in which something about a user can stand
