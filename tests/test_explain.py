@@ -250,3 +250,14 @@ def test_what_cannot_be_explained_or_set_is_refused(world: SyntheticData, model:
         explainer.explain(Population.of(other).start("ada").profile)
     with pytest.raises(DataError, match="has no weights"):
         Explainer(palate.fit(Style().embed(world.pairs), palate.BradleyTerry()), Style(), world.pairs)
+
+
+def test_an_edit_never_replaces_what_was_said(world: SyntheticData, model: RewardModel, explainer: Explainer) -> None:
+    population = Population.of(model)
+    down = explainer.edit("length", population.start("ada"), by=-1.0)
+    for said in (Terms.pairs([1.0], [[1.0, 0, 0]]), Terms.empty(3)):
+        live = population.start("ada").update(said, event_id=down.name)
+        with pytest.raises(DataError, match="came already and is no edit of an axis"):
+            explainer.edited(live, down)
+    other = explainer.edited(live, down.model_copy(update={"event_id": "mine"}))
+    assert other.event_ids == (down.name, "mine")

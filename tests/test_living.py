@@ -12,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from safetensors.numpy import load, save
 from scipy.optimize import minimize
 from scipy.special import logsumexp
 
@@ -357,6 +358,35 @@ def test_old_choices_weigh_less_by_count_and_by_time() -> None:
     np.testing.assert_allclose(silent.mean, by_time.mean, atol=1e-9)
 
 
+def test_a_rating_of_ten_terms_ages_what_came_before_as_one_choice() -> None:
+    population, rng = Population.of(gaussian(), half_life_choices=10.0), np.random.default_rng(0)
+    rating = Terms.pairs(rng.standard_normal(10), rng.standard_normal((10, 3)))
+    live = population.start("ada").update(choices(1)).update(rating, event_id="rating").update(Terms.empty(3))
+    live = live.update(choices(2, seed=1))
+
+    def shares(one: LiveProfile) -> Floats | None:
+        return one.history.remembered(population.forgetting, None)
+
+    expected = 2.0 ** -(np.array([3] + [2] * 10 + [1, 0]) / 10)
+    again = population.from_bytes(live.to_bytes())
+    for one in (live, again, live.undo("rating").update(rating, event_id="rating", at=None).correct("rating", choices(1))):
+        assert one.n_choices == one.profile.n_pairs == 4
+        if one.n_terms == live.n_terms:
+            np.testing.assert_allclose(shares(one), expected)
+        else:  # the rating came again at the end, and was a choice after all
+            np.testing.assert_allclose(shares(one), 2.0 ** -(np.arange(4)[::-1] / 10))
+    assert live.n_terms == 13
+    one = Terms(np.ones((1, 3)), np.ones(1), np.ones(1), np.array([0]), np.ones(1), np.zeros((0, 3)), np.zeros(0), np.zeros(0))
+    events, at_once, by_one = [rating, Terms.empty(3), one, rating], live.undo("rating"), live.undo("rating")
+    for said in events:
+        by_one = by_one.update(said)
+    at_once = at_once.after(events)
+    assert at_once.event_ids == by_one.event_ids
+    assert at_once.n_choices == by_one.n_choices == 5
+    np.testing.assert_allclose(shares(at_once), shares(by_one))
+    np.testing.assert_allclose(at_once.mean, by_one.mean, atol=1e-8)
+
+
 @pytest.mark.parametrize("wrong", [{"half_life": 0.0}, {"half_life_choices": -1.0}, {"flip_rate": 0.5}])
 def test_numbers_outside_their_range(wrong: dict[str, float]) -> None:
     with pytest.raises(DataError, match="expected"):
@@ -588,3 +618,30 @@ def test_bytes_that_are_no_profile() -> None:
     for cut in range(0, len(good), 97):
         with pytest.raises(ModelFileError):
             population.from_bytes(good[:cut])
+
+
+def test_bytes_with_numbers_that_cannot_be() -> None:
+    population = Population.of(gaussian())
+    good = population.start("ada").update(choices(3)).update(choices(2, seed=1)).to_bytes()
+    size = int.from_bytes(good[:8], "little")
+    meta = json.loads(good[8 : 8 + size])["__metadata__"]
+    nan = float("nan")
+    for name, value in [
+        ("mean", np.full(3, nan)),
+        ("covariance", np.full((3, 3), np.inf)),
+        ("modes", np.full((1, 3), nan)),
+        ("at", np.array([nan, np.inf])),
+        ("n_terms", np.array([6, -1])),
+        ("n_terms", np.array([3.0, 2.0])),
+        ("n_pulls", np.array([1, -1])),
+        ("n_choices", np.array([3, -2])),
+        ("n_choices", np.array([4, 2])),
+        ("rows.size", np.array([1, 1, 1, 2, 0])),
+    ]:
+        bad = save(load(good) | {name: value}, meta)
+        with pytest.raises(ModelFileError, match="complete"):
+            population.from_bytes(bad)
+        assert (population.weights_of(bad) is None) == (name == "mean")
+    older = load(good)
+    del older["n_choices"]  # of a profile written before there were any
+    assert population.from_bytes(save(older, meta)).n_choices == 5

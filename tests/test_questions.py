@@ -20,7 +20,8 @@ from palate.adaptation import Profile
 from palate.data.attributes import Attributes, attributes
 from palate.data.pairs import EmbeddedPairs
 from palate.errors import DataError
-from palate.living.terms import Rewards
+from palate.living.population import Population
+from palate.living.terms import Rewards, Terms
 from palate.models.base import Newton
 from palate.models.pref import PReF
 from palate.priors import Prior
@@ -289,6 +290,36 @@ def test_the_next_question_is_the_highest_score_not_asked() -> None:
     one = Belief(belief.mean[:1], belief.covariance[:1], belief.said.at(torch.tensor([0])), belief.prior)  # type: ignore[index,union-attr]
     for rule in (HessianUncertainty(), DOptimal()):
         assert next_questions(one, pool, rule) == [int(rule.score(one, pool, ANY).argmax())]
+
+
+def test_a_living_profile_knows_what_it_was_asked() -> None:
+    """A pair, a tie, a pick of three that is broken into pairs and an axis set by hand, which is none; all have aged."""
+    model = world()[1]
+    population, rng = Population.of(model, half_life_choices=3.0), np.random.default_rng(0)
+    k = model.n_weights
+    v, b = rng.standard_normal((7, k)), rng.standard_normal(7)
+    three = Terms(v[2:5], b[2:5], np.array([0.0, 1, 0]), np.array([0]), np.ones(1), np.zeros((0, k)), np.zeros(0), np.zeros(0))
+    pull = Terms.empty(k)._replace(pulls=v[:1], level=np.ones(1), std=np.ones(1))
+    live = population.start("ada").update(Terms.pairs(b[:2], v[:2], weight=[1.0, 0.7], tie=[False, True]))
+    live = live.update(three).update(pull).update(Terms.pairs(b[5:6], v[5:6]))
+    told = [(v[0], b[0], 2 ** (-2 / 3)), (v[1], b[1], 0.7 * 2 ** (-2 / 3)), (v[5], b[5], 1.0)]
+    told += [(v[3] - v[other], b[3] - b[other], 2 / 3 * 2 ** (-1 / 3)) for other in (2, 4)]
+    prior = np.linalg.inv(population.components("ada").factors[0] @ population.components("ada").factors[0].T)
+    linear = prior + sum(weight / 4 * np.outer(slope, slope) for slope, _, weight in told)
+    curved = 1e-3 * np.eye(k) + sum(w * dsigma(float(o + s @ live.mean)) * np.outer(s, s) for s, o, w in told)
+    slopes, offset = rng.standard_normal((30, k)), rng.standard_normal(30)
+    pool, again = Pool(torch.from_numpy(slopes), torch.from_numpy(offset)), population.from_bytes(live.to_bytes())
+    bend = np.array([dsigma(float(m)) for m in offset + slopes @ live.mean])
+    for rule, expected in [
+        (DOptimal(), np.einsum("qi,ij,qj->q", slopes, np.linalg.inv(linear), slopes)),
+        (HessianUncertainty(), bend**2 * np.einsum("qi,ij,qj->q", slopes, np.linalg.inv(curved), slopes)),
+    ]:
+        for known in (live, again):
+            score = rule.score(questions.belief_of(known), pool, ANY)[0].numpy()
+            np.testing.assert_allclose(score, expected, rtol=1e-6)
+            assert next_questions(known, pool, rule) == [int(expected.argmax())]
+    with pytest.raises(DataError, match="give a living profile, or a Belief"):
+        next_questions(live.profile, pool, DOptimal())
 
 
 def test_a_batch_says_nothing_twice() -> None:

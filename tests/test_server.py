@@ -236,7 +236,7 @@ def test_batches_and_households(client: TestClient) -> None:
 
 def test_a_question_is_worth_asking_and_one_with_a_known_answer_is_not(client: TestClient) -> None:
     pool = [{"prompt": PROMPT, "candidates": TEXTS[:2]}, {"prompt": PROMPT, "candidates": TEXTS[:5]}]
-    for rule in ("targeted", "information", "thompson", "random"):
+    for rule in ("targeted", "information", "thompson", "d-optimal", "random"):
         found = client.post("/v1/users/ada/question", json={"pool": pool, "rule": rule, "n": 3}).json()
         pairs = {(one["entry"], one["first"], one["second"]) for one in found["questions"]}
         assert len(pairs) == 3

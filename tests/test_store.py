@@ -136,11 +136,12 @@ class Flat:
 
 
 writes = st.builds(
-    Write,
-    st.just("-"),
+    lambda name, expected, ids, states, consent, *kept: Write(
+        *("-", name, expected, () if consent == NO else tuple(said(n) for n in ids), states, consent), *kept
+    ),
     st.sampled_from(["ada", "bob"]),
     st.integers(0, 4),
-    st.lists(st.integers(0, 9), max_size=2, unique=True).map(lambda ids: tuple(said(n) for n in ids)),
+    st.lists(st.integers(0, 9), max_size=2, unique=True),
     st.dictionaries(st.sampled_from(["m", "n"]), st.binary(max_size=3), min_size=1),
     st.sampled_from([None, None, YES, NO]),
     st.sampled_from([None, "k1", "k2"]),
@@ -302,6 +303,36 @@ def test_retention_forgets_from_the_beginning_and_never_revives_a_choice(store: 
     assert store.write([Write("acme", "ada", 2, (said(3),), {"m": b"again"})]) == [Written(3, 4, 4)]
     assert store.prune(time.time() + 1, idle=True).deleted == 2
     assert store.users("acme") == []
+
+
+def test_what_is_retired_or_expires_waits_for_a_scrub(tmp_path: Path) -> None:
+    with open_store(str(tmp_path / "profiles.db"), key_life=0.0) as store:
+        mark, kept = b"marked-state-" * 40, "marked-answer-" * 40
+        store.write([Write("acme", "ada", 0, (said(1),), {"m": mark}, YES, key="k", answer=kept)])
+        store.models.add("m")
+        assert store.models.retire("m") == 1
+        assert store.unscrubbed() == 1
+        assert store.prune(0.0, scrub=False) == (0, 0, 0, 1)
+        assert store.unscrubbed() == 2
+        assert store.prune(0.0, scrub=False) == (0, 0, 0, 0)
+        assert store.unscrubbed() == 2
+        store.scrub()
+        assert store.unscrubbed() == 0
+        assert everywhere(tmp_path, mark, kept.encode()) == set()
+
+
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        ({"states": {"m": "text"}}, "the state under model 'm' is a str; expected bytes"),
+        ({"expected": 1.5}, "the expected version is 1.5"),
+        ({"expected": True}, "the expected version is True"),
+        ({"consent": NO}, "a withdrawal of consent comes with events, which it refuses; send the withdrawal alone"),
+    ],
+)
+def test_a_write_that_cannot_land_is_not_made(wrong: dict[str, Any], says: str) -> None:
+    with pytest.raises(DataError, match=says):
+        Write(**{"tenant": "acme", "user_id": "ada", "expected": 1, "events": (said(1),), **wrong})
 
 
 def test_no_question_reads_a_whole_table(on_file: ProfileStore) -> None:

@@ -91,6 +91,20 @@ class History:
             self.count + 1,
         )
 
+    def extended(self, rows: Rows, n_terms: Ints, n_pulls: Ints) -> "History":
+        """With several more events at the end, under names of their own and without times, each one choice if it has a term."""
+        taken, n = set(self.ids), len(n_terms)
+        free = (name for number in itertools.count(self.count) if (name := f"event-{number}") not in taken)
+        return History(
+            (*self.ids, *itertools.islice(free, n)),
+            np.append(self.at, np.full(n, NO_TIME)),
+            np.append(self.n_terms, n_terms),
+            np.append(self.n_pulls, n_pulls),
+            np.append(self.n_choices, np.minimum(n_terms, 1)),
+            Rows.concat([self.rows, rows]),
+            self.count + n,
+        )
+
     def without(self, event_id: str) -> "History":
         """With one event taken back, as if it had never come."""
         return self.kept(np.arange(len(self.ids)) != self.place(event_id))

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from palate.errors import ConvergenceError, DataError
-from palate.living.terms import Floats, Ints, Rewards, Terms
+from palate.living.terms import Floats, Ints, Rewards
 
 if TYPE_CHECKING:
     from palate.living.events import Picked
@@ -148,10 +148,8 @@ def _draws(
     """(U, S, K) weights from every person's posterior under this exposure; depths are judged at the weights `near` (U, K)."""
     out = np.empty_like(normal)
     for u, (user, history) in enumerate(histories.items()):
-        live = population.start(user)
-        if history:
-            said = [pick.terms(rewards, exposure=exposure, level=level, near=near[u]) for pick, rewards in history]
-            live = live.update(Terms.concat(said))
+        said = [pick.terms(rewards, exposure=exposure, level=level, near=near[u]) for pick, rewards in history]
+        live = population.start(user).after(said)
         if live.covariance is None:
             raise DataError("the method has no uncertainty of its weights; learn positions with one that has a prior")
         values, vectors = np.linalg.eigh(live.covariance)

@@ -3,6 +3,7 @@
 A `LiveProfile` is a value. Every method returns another one, so that a failure leaves the old and two threads cannot meet in one.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -63,6 +64,14 @@ class LiveProfile:
         """
         rows = self.population.rows(said, self.user_id)
         return self._with(self.history.appended(rows, _choices(said, rows), event_id, at))
+
+    def after(self, events: Sequence[Terms]) -> "LiveProfile":
+        """With several events, one after another, under names of their own and without times; solved once. Raises as `update`."""
+        if not events:
+            return self
+        rows = self.population.rows(Terms.concat(events), self.user_id)
+        n_terms = [int((np.diff(said.start, append=len(said.offset)) > 1).sum()) for said in events]  # as `Rows.of` keeps them
+        return self._with(self.history.extended(rows, np.array(n_terms), np.array([len(said.level) for said in events])))
 
     def undo(self, event_id: str) -> "LiveProfile":
         """As if the event had never come. Raises `DataError` for one that is not here."""

@@ -122,8 +122,11 @@ def _check(history: History, n_weights: int) -> None:
     for name, column in counts.items():
         if column.dtype.kind != "i" or int(column.min(initial=0)) < 0:
             raise DataError(f"its {name} is {column[:5]} of {column.dtype}; expected counts")
-    if (history.n_choices > history.n_terms).any() or np.isinf(history.at).any():
-        raise DataError(f"events of {history.n_choices[:5]} choices in {history.n_terms[:5]} terms, at {history.at[:5]}")
+    if (rows.size < 1).any() or (history.n_choices > history.n_terms).any() or np.isinf(history.at).any():
+        raise DataError(
+            f"events of {history.n_choices[:5]} choices in {history.n_terms[:5]} terms of {rows.size[:5]} rows, "
+            f"at {history.at[:5]}"
+        )
     if history.n_terms.sum() != rows.n_terms or history.n_pulls.sum() != len(rows.level) or rows.size.sum() != len(rows.offset):
         raise DataError(f"events of {int(history.n_terms.sum())} terms with {rows.n_terms} of them")
     rows.terms().check(n_weights)

@@ -12,7 +12,7 @@ from palate.living.events import Choice
 from palate.living.evidence import Said
 from palate.living.population import Population
 from palate.living.reading import Reading, Trust
-from palate.living.terms import Floats, Rewards, Terms
+from palate.living.terms import Floats, Rewards
 
 WEAK = ("rating", "thumb", "copied", "regenerate", "kept")
 MULTIPLIERS = (0.0, 0.125, 0.25, 0.5, 1.0, 2.0)
@@ -122,8 +122,7 @@ def _loss(
     """Mean log loss of a person's later choices, nats."""
     now = trust.model_copy(update=dict(changed))
     said = [said.terms(r, exposure=reading.exposure, level=reading.level, trust=now) for said, r in person.said]
-    live = population.start(user)
-    live = live.update(Terms.concat(said)) if said else live
+    live = population.start(user).after(said)
     margin, variance = person.offset + person.slopes @ live.mean, np.zeros(len(person.offset))
     if live.covariance is not None:
         variance = np.einsum("ni,ij,nj->n", person.slopes, live.covariance, person.slopes).clip(min=0)

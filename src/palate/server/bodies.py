@@ -169,7 +169,7 @@ class QuestionRequest(Request):
 
     model_config = ConfigDict(json_schema_extra={"examples": [{"pool": [_RANK], "n": 1}]})
     pool: Annotated[list["PoolEntry"], Field(min_length=1, max_length=64)]
-    rule: Literal["targeted", "information", "thompson", "random"] = "targeted"
+    rule: Literal["targeted", "information", "thompson", "d-optimal", "random"] = "targeted"
     n: int = Field(1, ge=1, le=20, description="So many questions, no two of them nearly the same.")
     model: ModelName = None
 

@@ -13,7 +13,17 @@ from palate.errors import DataError
 from palate.living.explanation import Explanation
 from palate.living.profile import LiveProfile
 from palate.living.terms import Rewards
-from palate.questions import MutualInformation, Pool, Random, Targeted, Thompson, next_questions, pairs_among, should_stop
+from palate.questions import (
+    DOptimal,
+    MutualInformation,
+    Pool,
+    Random,
+    Targeted,
+    Thompson,
+    next_questions,
+    pairs_among,
+    should_stop,
+)
 from palate.questions import Question as AnyRule
 from palate.server.access import Caller, needs
 from palate.server.bodies import AxisChange, FeedbackAnswer, Question, QuestionAnswer, QuestionRequest, prompt_of
@@ -21,7 +31,12 @@ from palate.server.parsing import Key, User, taken, takes
 from palate.server.problems import Problem, documented
 from palate.server.runtime import Runtime, unknown
 
-RULES: dict[str, Callable[[], AnyRule]] = {"information": MutualInformation, "thompson": Thompson, "random": Random}
+RULES: dict[str, Callable[[], AnyRule]] = {
+    "information": MutualInformation,
+    "thompson": Thompson,
+    "d-optimal": DOptimal,
+    "random": Random,
+}
 
 
 def router(runtime: Runtime) -> APIRouter:

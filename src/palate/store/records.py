@@ -113,8 +113,8 @@ class Write:
             _check_time(self.consent.at)
             if self.events and not self.consent.given:
                 raise DataError(
-                    f"a withdrawal of consent comes with {len(self.events)} events, which it refuses; send the withdrawal alone, "
-                    "or it would be lost with them"
+                    "a withdrawal of consent comes with events, which it refuses; send the withdrawal alone, or it would be lost "
+                    "with them"
                 )
         check_text("answer", self.answer or "")
         check_text("request", self.request or "")
