@@ -114,8 +114,9 @@ class Selection:
             self._note(CROWD, f, View(self.data.weight[:0, None], self.data.weight[:, None], self.crowds.offsets[:, f], []), None)
 
     def judge(self, key: Candidate) -> None:
-        """Note the loss of one candidate."""
-        self._try([], key, lambda share: None)
+        """Note the loss of one candidate, unless it is known."""
+        if key not in self.losses:
+            self._try([], key, lambda share: None)
 
     def select(
         self, kappas: Sequence[float], types: Sequence[int], blends: Sequence[int], progress: Callable[[float], None]

@@ -143,8 +143,8 @@ class People:
         epoch = self._epoch
         # Handing a read of a SQLite file to a thread and back costs more than the read, and a log being written blocks no reader.
         found = self._weighed(who) if self.store.local else await self.call(self._weighed, who)
-        if found is not None and epoch == self._epoch:
-            self._put(who, found)
+        if found is not None and self._is_news(who, epoch, found.read):
+            self._persons.put(who, found)
         return found
 
     def now(self) -> float:
@@ -158,18 +158,16 @@ class People:
             return held
         epoch = self._epoch
         held = await self.call(self._read, who)
-        if epoch == self._epoch:
-            newest = self._persons.get(who)
-            if newest is None or newest.read <= held.read:  # else it was written while this was being read
-                self._helds.put(who, held)
-                if held.lives or not held.last:
-                    self._persons.put(who, self.person_of(held))
+        if self._is_news(who, epoch, held.read):
+            self._helds.put(who, held)
+            if held.lives or not held.last:
+                self._persons.put(who, self.person_of(held))
         return held
 
-    def _put(self, who: Who, person: Person) -> None:
+    def _is_news(self, who: Who, epoch: int, read: float) -> bool:
+        """Whether what was read may be kept: nobody was forgotten, and nothing of this user was written, in the meantime."""
         newest = self._persons.get(who)
-        if newest is None or newest.read <= person.read:
-            self._persons.put(who, person)
+        return epoch == self._epoch and (newest is None or newest.read <= read)
 
     def keep(self, who: Who, held: Held) -> Person:
         """Take over what was just written."""
