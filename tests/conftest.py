@@ -118,3 +118,22 @@ def palate_command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Monke
         return Done(code if isinstance(code, int) else int(code is not None), *capsys.readouterr())
 
     return run
+
+
+@pytest.fixture
+def point_at(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, Path], None]:
+    """Make the client of the hub take an address on loopback for the real one: `point_at(address, cache)`."""
+    import huggingface_hub
+    from huggingface_hub import constants
+
+    def point(address: str, cache: Path) -> None:
+        monkeypatch.setattr(constants, "ENDPOINT", address)
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", address + "/{repo_id}/resolve/{revision}/{filename}")
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)  # its storage is not a route of a hub
+        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(cache / "no-token"))
+        monkeypatch.delenv("HF_TOKEN", raising=False)
+        huggingface_hub.close_session()
+
+    return point

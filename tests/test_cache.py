@@ -601,7 +601,7 @@ def test_comparing_twice_encodes_once(
     assert results[0] == results[1]
     done = palate_command("fit", rows, "--out", tmp_path / "model", "--encoder", "minilm", "--method", "bt")
     assert "minilm: 0 texts encoded, " in done.err
-    done = palate_command("fit", rows, "--out", tmp_path / "model", "--no-cache", "--cache", tmp_path)
+    done = palate_command("fit", rows, "--out", tmp_path / "other", "--no-cache", "--cache", tmp_path)
     assert (done.code, "contradict each other" in done.err) == (2, True)
 
 

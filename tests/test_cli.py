@@ -40,7 +40,7 @@ def test_version_help_and_nothing(palate_command: Run) -> None:
     "command",
     [
         *("demo", "validate", "fit", "adapt", "rank", "compare", "train", "bench", "judge", "doctor", "data", "data synthetic"),
-        *("serve", "keys", "keys add", "export", "forget", "prune"),
+        *("serve", "keys", "keys add", "export", "forget", "prune", "ask", "bases"),
     ],
 )
 def test_every_command_has_help(command: str, palate_command: Run) -> None:
@@ -255,11 +255,17 @@ def test_progress_is_drawn_on_a_terminal(root: Path) -> None:
 
 
 def test_cells_and_notes_are_text_not_markup(capsys: pytest.CaptureFixture[str]) -> None:
-    terminal.note("a [red]user[/red] wrote [/this]")
-    terminal.show(terminal.table("", ["user", "n"], [("[bold]x", 1)]))
+    terminal.note("a [red]user[/red] wrote [/this] :smile:")
+    terminal.show(terminal.table("", ["user", "n"], [("[bold]x :smile:", 1)]))
     out, err = capsys.readouterr()
-    assert err == "a [red]user[/red] wrote [/this]\n"
-    assert "[bold]x" in out
+    assert err == "a [red]user[/red] wrote [/this] :smile:\n"
+    assert "[bold]x :smile:" in out
+    terminal.note("\x1b[2Jgone\x07\x9b")
+    terminal.show(terminal.table("\x1b[2J", ["user"], [("\x1b[31mred",)]))
+    out, err = capsys.readouterr()
+    assert err == "\ufffd[2Jgone\ufffd\ufffd\n"
+    assert "\ufffd[31mred" in out
+    assert "\x1b" not in out + err
 
 
 # doctor
@@ -361,8 +367,51 @@ def test_adapt_replaces_profiles_and_nothing_else(palate_command: Run, tmp_path:
     code, _, err = palate_command("adapt", model, rows, "--out", rows)
     assert (code, rows.read_bytes()) == (2, before)
     assert "exists and holds no profiles" in err
+    assert palate_command("adapt", model, rows, "--out", rows, "--overwrite")[0] == 2
     assert palate_command("adapt", model, rows, "--out", profiles)[0] == 0
-    assert palate_command("adapt", model, rows, "--out", profiles)[0] == 0
+    before = profiles.read_bytes()
+    code, _, err = palate_command("adapt", model, rows, "--out", profiles)
+    assert (code, err.count("\n"), profiles.read_bytes()) == (2, 1, before)
+    assert "--overwrite to replace it" in err
+    assert palate_command("adapt", model, rows, "--out", profiles, "--overwrite")[0] == 0
+
+
+def test_fit_replaces_a_model_only_when_told_to_and_nothing_else_ever(palate_command: Run, tmp_path: Path) -> None:
+    rows, model, other = tmp_path / "rows.jsonl", tmp_path / "model", tmp_path / "other"
+    palate_command("data", "synthetic", rows, "--users", 8, "--choices", 6)
+    model.mkdir()
+    (model / "README.md").write_text("What I wrote of it.\n")  # a folder that is there is no model yet
+    assert palate_command("fit", rows, "--method", "bt", "--out", model)[0] == 0
+    before = {path: path.read_bytes() for path in model.iterdir()}
+    code, _, err = palate_command("fit", rows, "--method", "lore", "--out", model)
+    assert (code, err.count("\n"), {path: path.read_bytes() for path in model.iterdir()}) == (2, 1, before)
+    assert f"--out {model} holds a model; give another name, or --overwrite to replace it" in err
+    code, _, err = palate_command("fit", rows, "--method", "lore", "--out", model, "--overwrite")
+    assert code == 0
+    assert "README.md is of what was there before" in err
+    assert type(palate.load_model(model)).__name__ == "LoRe"
+    other.mkdir()
+    (other / "config.json").write_text('{"model_type": "llama"}')
+    code, _, err = palate_command("fit", rows, "--method", "bt", "--out", other, "--overwrite")
+    assert (code, err.count("\n"), [path.name for path in other.iterdir()]) == (2, 1, ["config.json"])
+    assert "holds no model that can be read" in err
+    assert "is a file; expected a folder" in palate_command("fit", rows, "--method", "bt", "--out", rows, "--overwrite")[2]
+
+
+def test_rows_are_never_replaced_unasked(palate_command: Run, tmp_path: Path) -> None:
+    mine, bad = write(tmp_path / "mine.jsonl", GOOD), write(tmp_path / "bad.jsonl", BAD, GOOD)
+    before = mine.read_bytes()
+    for command in (
+        ("data", "synthetic", mine, "--users", 2, "--choices", 2),
+        ("data", "prepare", "attributes", "--out", mine),
+        ("validate", bad, "--good", mine),
+        ("validate", bad, "--quarantine", mine),
+    ):
+        code, _, err = palate_command(*command)
+        assert (code, err.count("\n"), mine.read_bytes()) == (2, 1, before), err
+        assert "mine.jsonl exists; give another name, or --overwrite to replace it" in err
+    assert palate_command("validate", bad, "--quarantine", mine, "--overwrite")[0] == 1
+    assert json.loads(mine.read_text())["line"] == 1
 
 
 def test_options_that_would_do_nothing_are_refused(palate_command: Run, tmp_path: Path) -> None:

@@ -574,6 +574,10 @@ def test_arena_rows_in_all_their_forms(tmp_path: Path) -> None:
     whole = [{"role": "user", "content": "What?"}, turned]
     talks = [{"user_id": "ada", "context": "", "chosen": whole, "rejected": [whole[0], {"role": "assistant", "content": "No."}]}]
     talks += [talks[0] | {"rejected": [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "No."}]}]
+    models = [{"role": "user", "content": "Hi?"}, {"role": "model", "content": "Yes?"}, {"role": "user", "content": "Why?"}]
+    prisms = train[0] | {"context": models, "chosen": turned | {"role": "model"}, "rejected": {"role": "model", "content": "No."}}
+    of_prism, _ = arena.load_arena([prisms], val, test)
+    assert of_prism.texts[of_prism.chosen[0]] == pairs.texts[pairs.chosen[0]]  # PRISM calls the assistant model
     told, report = arena.load_arena(talks, val, test)
     assert told.texts[told.chosen[0]].prompt_text == "What?"  # it is nowhere but in front of the answers
     assert (report.n_bad, "answer different turns" in str(report.bad_rows[0])) == (1, True)
@@ -611,6 +615,51 @@ def test_one_of_four_answers_is_three_choices(tmp_path: Path) -> None:
     assert set(pairs.conversation) == {"ada-talk", "bo-talk", "di-talk"}
     some, _ = community.load_community(rows, MARKED, languages={"en", "it"})
     assert some.user_ids == ("ada", "di")  # and cy, whose row is bad
+
+
+def aligned(annotator: str, *turns: tuple[str, str, list[str | None]], lang: str = "en") -> Row:
+    """A record of the published file: (prompt, mark, answers) of each turn that there was."""
+    row: Row = {"annotator_id": annotator, "conversation_id": f"{annotator}-talk", "assigned_lang": lang}
+    for i, name in enumerate(community.TURNS):
+        asked, best, answers = turns[i] if i < len(turns) else (None, None, [None] * 4)
+        row |= {f"{name}_turn_prompt": asked, f"{name}_turn_preferred_response": best}
+        row |= {f"{name}_turn_response_{letter}": answer for letter, answer in zip("abcd", answers, strict=True)}
+    return row
+
+
+def test_community_alignment_as_it_is_published(tmp_path: Path) -> None:
+    first = ("Lunch?", "response_c", ["Soup.", "Bread.", "Rice. <|end_of_text|>", "Bread."])
+    second = ("And then?", "response_a", ["Tea.", "Tea.", "Nothing.", None])
+    gap = ("Still there?", "response_a", ["Yes.", "No.", "Who?", "Hm."])
+    rows = [
+        aligned("ada", first, second),
+        aligned("bo", first, ("", "response_a", ["a", "b", "c", "d"]), gap),  # what comes after a gap answers nothing
+        aligned("cy", ("Lunch?", "EMPTY STRING", ["a", "b", "c", "d"])),
+        aligned("di", first, ("More?", "response_d", ["a", "b", "c", None])),
+        aligned("ed", first, lang="fr"),
+    ]
+    with (tmp_path / "part.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    for source in (rows, jsonl(tmp_path / "part.jsonl", rows), tmp_path / "part.csv"):
+        pairs, report = community.load_community_alignment(source, languages={"en"})
+        of_first = [("Rice.", "Soup."), ("Rice.", "Bread.")]
+        found = [(user, *both) for user in ("ada", "bo", "di") for both in of_first]
+        assert sides(pairs) == [*found[:2], ("ada", "Tea.", "Nothing."), *found[2:]]
+        assert pairs.weight.tolist() == [0.5, 0.5, 1.0, *[0.5] * 4]
+        talk = pairs.texts[pairs.chosen[2]]
+        assert talk.prompt_text == "user: Lunch?\nassistant: Rice.\nuser: And then?"
+        assert pairs.texts[pairs.chosen[0]].prompt == "Lunch?"
+        assert set(pairs.conversation) == {"ada-talk", "bo-talk", "di-talk"}
+        assert [str(row).partition("; ")[0].partition(": ")[2] for row in report.bad_rows] == [
+            "the first turn has no prompt or no marked answer [wrong_type]",
+            "second_turn_preferred_response is 'response_d'",
+        ]
+    assert len(community.load_community_alignment(rows)[0]) == 9
+    (tmp_path / "part.csv").write_text((tmp_path / "part.csv").read_text().replace("assigned_lang", "language"))
+    with pytest.raises(DataError, match="has no column assigned_lang"):
+        community.load_community_alignment(tmp_path / "part.csv")
 
 
 def test_community_columns_that_cannot_be() -> None:
@@ -716,7 +765,7 @@ def test_prepared_rows_read_back_as_they_are(tmp_path: Path, palate_command: Run
     assert again.split.tolist() == expected.split.tolist()
     assert again.conversation.tolist() == expected.conversation.tolist()
     survey = jsonl(tmp_path / "survey.jsonl", [{"user_id": "user 0", "num_completed_conversations": 0}])
-    options = ("--out", out, "--seed", 5)
+    options = ("--out", out, "--seed", 5, "--overwrite")
     assert palate_command("data", "prepare", "prism-lore-corrected", conversations, survey, *options)[0] == 0
     fewer = palate.load_pairs(out)
     assert "user 0" not in fewer.user_ids
@@ -744,12 +793,16 @@ def test_every_recipe_is_prepared_by_its_name(tmp_path: Path) -> None:
         "tldr-paper": [comparisons],
         **{name: [scores, scores] for name in ("personalllm-lore", "personalllm-random")},
         "arena": [judged, [row | {"context": "How?"} for row in judged], [row | {"context": "When?"} for row in judged]],
+        "community-alignment": [[aligned("ada", ("Lunch?", "response_b", [*"abcd"]))]],
         "personas": [[persona(0, "a baker", 1)], [persona(0, "a baker", 1, "v")], new, [persona(0, "a pilot", 0, "t")]],
     }
     assert {*given, "attributes"} == set(recipes.RECIPES)  # that one has a test of its own below
     for name, parts in given.items():
         files = [jsonl(tmp_path / f"{name}-{i}.jsonl", part) for i, part in enumerate(parts)]
         pairs, reports = recipes.prepared(name, files)
+        if name == "community-alignment":  # none is published
+            assert (len(pairs), set(pairs.split)) == (3, {None})
+            continue
         split = given_split(pairs)
         assert all(len(getattr(split, side)) for side in ("train", "test_seen", "support", "test_unseen")), name
         assert len(reports) == (2 if name.startswith("personalllm") else 1)

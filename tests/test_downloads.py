@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
-import huggingface_hub
 import pytest
 from huggingface_hub import constants
 
@@ -113,29 +112,18 @@ class Handler(BaseHTTPRequestHandler):
 
 
 @pytest.fixture
-def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+def hub(tmp_path: Path, point_at: Callable[[str, Path], None]) -> Iterator[Hub]:
     """A hub on loopback that the client takes for the real one, with an empty cache."""
     state = Hub()
     server = ThreadingHTTPServer(("127.0.0.1", 0), type("Bound", (Handler,), {"hub": state}))
     server.daemon_threads = True
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
     thread.start()
-    point_at(f"http://127.0.0.1:{server.server_address[1]}", tmp_path / "hub-cache", monkeypatch)
+    point_at(f"http://127.0.0.1:{server.server_address[1]}", tmp_path / "hub-cache")
     yield state
     server.shutdown()
     server.server_close()
     thread.join()
-
-
-def point_at(address: str, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(constants, "ENDPOINT", address)
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", address + "/{repo_id}/resolve/{revision}/{filename}")
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)  # its storage is not a route of a hub
-    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(cache / "no-token"))
-    monkeypatch.delenv("HF_TOKEN", raising=False)
-    huggingface_hub.close_session()
 
 
 def prism() -> Published:
@@ -327,7 +315,11 @@ def test_lock_files_that_cannot_be(tmp_path: Path, content: str, match: str) -> 
 
 
 def test_without_a_connection_it_says_what_to_do(
-    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, palate_command: Callable[..., tuple[int, str, str]]
+    hub: Hub,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    point_at: Callable[[str, Path], None],
+    palate_command: Callable[..., tuple[int, str, str]],
 ) -> None:
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     code, out, err = palate_command("data", "get", "prism", "--out", tmp_path)
@@ -339,7 +331,7 @@ def test_without_a_connection_it_says_what_to_do(
     assert hub.asked == []
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
-        point_at(f"http://127.0.0.1:{unused.getsockname()[1]}", tmp_path / "hub-cache", monkeypatch)
+        point_at(f"http://127.0.0.1:{unused.getsockname()[1]}", tmp_path / "hub-cache")
         with pytest.raises(DataError, match=r"could not be fetched from http://127\.0\.0\.1:\d+ \(ConnectError"):
             get(prism(), tmp_path)
 

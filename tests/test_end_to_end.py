@@ -518,7 +518,7 @@ def test_the_command_fits_adapts_and_ranks(palate_command: Callable[..., Any], t
     done = palate_command("rank", folder, str(candidates), "--prompt", "w0")
     assert done.code == 0, done.err
     assert json.loads(done.out.splitlines()[0])["index"] == 1
-    done = palate_command("fit", str(rows), "--out", folder, *common, "--hidden", "4,x")
+    done = palate_command("fit", str(rows), "--out", folder, "--overwrite", *common, "--hidden", "4,x")
     assert done.code == 2
     assert "--hidden is '4,x'; expected whole numbers" in done.err
 

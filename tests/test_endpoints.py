@@ -52,10 +52,12 @@ class Fake:
         raw: what is done to its bytes.
         seed: which model answers.
         busy, busiest: requests at this moment, and the most there ever were.
+        connections: opened so far.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, keeps: bool = False) -> None:
         self.seen: list[tuple[str, dict[str, str], dict[str, Any]]] = []
+        self.connections = 0
         self.began: list[float] = []
         self.status: list[tuple[int, dict[str, str], str]] = []
         self.choose: Callable[[dict[str, Any]], tuple[int, dict[str, str], str] | None] = lambda body: None
@@ -66,6 +68,13 @@ class Fake:
         fake = self
 
         class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1" if keeps else "HTTP/1.0"  # whether a connection is for more than one request
+
+            def setup(self) -> None:
+                super().setup()
+                with fake.lock:
+                    fake.connections += 1
+
             def do_POST(self) -> None:
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                 with fake.lock:
@@ -110,8 +119,8 @@ class Fake:
 
 
 @pytest.fixture
-def fake() -> Iterator[Fake]:
-    server = Fake()
+def fake(request: pytest.FixtureRequest) -> Iterator[Fake]:
+    server = Fake(*getattr(request, "param", ()))
     thread = threading.Thread(target=server.http.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()
     yield server
@@ -293,6 +302,25 @@ def test_errors_that_stay_say_how_far_it_got_and_a_cache_keeps_that(fake: Fake, 
     assert sum(len(body["input"]) for _, _, body in fake.seen[asked:]) == 13
     table(encoder)
     assert encoder.encoded == 0
+
+
+@LOCAL
+@pytest.mark.parametrize("fake", [(True,)], indirect=True)
+def test_connections_are_kept_until_another_key_or_timeout(fake: Fake, monkeypatch: pytest.MonkeyPatch) -> None:
+    server = Server(f"{fake.url}/v1", "OPENAI_API_KEY", Limits(concurrent=1, timeout=5.0))
+    body = {"model": "tiny", "input": ["a"], "encoding_format": "float"}
+    for _ in range(3):
+        list(server.ask("/embeddings", [body, body]))
+    assert (len(fake.seen), fake.connections) == (6, 1)
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-another")
+    list(server.ask("/embeddings", [body]))
+    server.limits = Limits(concurrent=1, timeout=6.0)
+    list(server.ask("/embeddings", [body]))
+    assert fake.connections == 3
+    assert [headers["authorization"] for _, headers, _ in fake.seen[-3:]] == ["Bearer sk-very-secret", *["Bearer sk-another"] * 2]
+    closed = server.client()
+    del server
+    assert closed.is_closed()
 
 
 @LOCAL

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
-import huggingface_hub
 import pytest
 import torch
 from huggingface_hub import ModelCard, constants
@@ -221,30 +220,19 @@ class Handler(BaseHTTPRequestHandler):
 
 
 @pytest.fixture
-def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, point_at: Callable[[str, Path], None]) -> Iterator[Hub]:
     """A hub on loopback that the client takes for the real one, with an empty cache; a writer's token is set."""
     state = Hub()
     server = ThreadingHTTPServer(("127.0.0.1", 0), type("Bound", (Handler,), {"hub": state}))
     server.daemon_threads = True
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
     thread.start()
-    _point_at(f"http://127.0.0.1:{server.server_address[1]}", tmp_path / "hub-cache", monkeypatch)
+    point_at(f"http://127.0.0.1:{server.server_address[1]}", tmp_path / "hub-cache")
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     yield state
     server.shutdown()
     server.server_close()
     thread.join()
-
-
-def _point_at(address: str, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(constants, "ENDPOINT", address)
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", address + "/{repo_id}/resolve/{revision}/{filename}")
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)  # its storage is not a route of a hub
-    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(cache / "no-token"))
-    monkeypatch.delenv("HF_TOKEN", raising=False)
-    huggingface_hub.close_session()
 
 
 @pytest.fixture(scope="module")
@@ -439,7 +427,9 @@ def test_what_arrives_cut_off_is_refused(hub: Hub) -> None:
         palate.load_model(ID)
 
 
-def test_a_hub_that_cannot_be_reached(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hub_that_cannot_be_reached(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, point_at: Callable[[str, Path], None]
+) -> None:
     palate.push_to_hub(tiny(), ID)
     palate.load_model(ID)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
@@ -451,7 +441,7 @@ def test_a_hub_that_cannot_be_reached(hub: Hub, tmp_path: Path, monkeypatch: pyt
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
         port = unused.getsockname()[1]
-    _point_at(f"http://127.0.0.1:{port}", tmp_path / "other-cache", monkeypatch)
+    point_at(f"http://127.0.0.1:{port}", tmp_path / "other-cache")
     began = time.perf_counter()
     with pytest.raises(
         ModelFileError, match=rf"http://127.0.0.1:{port} cannot be reached \(.*refused.*\), and its cache has no copy"

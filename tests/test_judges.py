@@ -944,7 +944,13 @@ def test_the_command_takes_summaries_from_an_editor(
     written = load_briefs(path)
     assert {user: brief.text for user, brief in written.items()} == {u: f"likes: {WORDS[int(u[1:]) % 5]}" for u in written}
     save_briefs([edited(brief, "likes: nothing") for brief in written.values()], path)
-    code, _, _ = judge_command(*command, "--out", tmp_path / "two", "--briefs", path)
+    mine, aside = path.read_bytes(), path.with_name("briefs-1.jsonl")
+    code, _, err = judge_command(*command, "--out", tmp_path / "one")  # without --briefs: what was edited is not lost
+    assert (code, aside.read_bytes(), load_briefs(path)) == (0, mine, written)
+    assert f"now in {aside}" in err
+    assert judge_command(*command, "--out", tmp_path / "one")[0] == 0
+    assert sorted(file.name for file in path.parent.glob("briefs*")) == ["briefs-1.jsonl", "briefs.jsonl"]
+    code, _, _ = judge_command(*command, "--out", tmp_path / "two", "--briefs", aside)
     assert (code, Evaluation.load(tmp_path / "two" / "results.jsonl").columns["accuracy"].tolist()) == (0, [0.5] * 5)
 
 
@@ -989,13 +995,45 @@ def test_the_command_runs_plus(
     assert (code, f"1 of 5 seen users have no summary, such as '{lost}': endpoint: " in err) == (0, True)
 
 
+@LOCAL
+def test_the_command_says_how_much_may_be_asked(
+    server: Server, stub: Any, judge_command: Callable[..., tuple[int, str, str]], tmp_path: Path
+) -> None:
+    rows = rows_of(planted(4, 40)[0], tmp_path / "rows.jsonl")
+    command = (rows, "--base-url", server.url, "--model", "stub", "--answer-tokens", 50)
+    assert judge_command(*command, "--out", tmp_path / "tokens")[0] == 0
+    assert {body["max_tokens"] for body in server.seen} == {50}
+
+    def half(body: Any) -> str:
+        """Right half of the time, so that no set of demonstrations is good enough to stop the search."""
+        other = {"First": "Second", "Second": "First"} if len(str(body)) % 2 else {}
+        return re.sub(r"(?<=: )(First|Second)$", lambda found: other.get(found[1], found[1]), stub.answered(body))
+
+    server.answer = half
+    calls = []
+    for n in (0, 2):
+        server.seen.clear()
+        code, _, err = judge_command(*command, "--method", "synthesize-me", "--candidates", n, "--out", tmp_path / f"of-{n}")
+        assert code == 0, err
+        calls.append(len(server.seen))
+    assert 0 < calls[0] < calls[1]
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
         (["--method", "guess"], "--method is 'guess'"),
         (["--memory", "recent"], "--memory is 'recent'"),
         (["--memory", "summary:3"], "--memory is 'summary:3'"),
-        (["--method", "synthesize-me", "--memory", "recent:5"], "keeps its own"),
+        (
+            ["--method", "synthesize-me", "--memory", "recent:5", "--samples", "3"],
+            "--memory recent:5, --samples 3: synthesize-me",
+        ),
+        (
+            ["--method", "plus", "--temperature", "1", "--answer-tokens", "9"],
+            "--temperature 1, --answer-tokens 9: plus keeps its",
+        ),
+        (["--answer", "percent", "--candidates", "2"], "--answer percent, --candidates 2: in-context keeps its own, or has none"),
         (["--method", "reasoning", "--answer", "yes"], "--answer is 'yes'"),
         (["--price", "cheap"], "--price is 'cheap'"),
         (["--price", "nan,1"], "--price is 'nan,1'"),

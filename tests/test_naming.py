@@ -1,7 +1,9 @@
 """Names of base rewards: planted directions get their own name with its sign, noise gets none, persons get theirs."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ from palate.data.pairs import Choice, PairSet, Text
 from palate.data.synthetic import SyntheticData, synthetic
 from palate.encoders.base import Encoder, State, digest
 from palate.encoders.offline import MEANINGS, Style
+from palate.encoders.saved import save_together
 from palate.errors import DataError, MismatchError
 from palate.models.base import RewardModel
 from palate.naming import NO_DIFFERENCE, NO_NAME, WORDS, name_bases, name_profile
@@ -258,6 +261,34 @@ def test_texts_are_quoted_only_when_asked_and_cannot_break_the_page(world: Synth
     row = found.names[1].highest[0]
     longer = " ".join(world.pairs.texts[world.pairs.chosen[row]].response.split())[:40]
     assert f"- pair {row}: rewards “{longer}" in quoted
+
+
+def test_bases_shows_the_names_at_a_terminal(palate_command: Callable[..., Any], tmp_path: Path) -> None:
+    rows, folder = tmp_path / "rows.jsonl", tmp_path / "model"
+    palate_command("data", "synthetic", rows, "--users", 8, "--choices", 12)
+    pairs, encoder = palate.load_pairs(rows), Style()
+    model = palate.fit(encoder.embed(pairs), palate.PReF(2))
+    save_together(model, encoder, folder)
+    found = name_bases(model, pairs, encoder)
+    code, out, err = palate_command("bases", folder, rows)
+    assert code == 0, err
+    shown = " ".join(re.sub("[┃│]", " ", out).split())
+    for name in found.names:
+        assert name.what in shown
+        assert f"{name.axes[0].name} {name.axes[0].correlation:+.2f}" in shown
+        assert name.label.split(",")[0].split(";")[0] in shown
+    assert f"over {found.n_texts} responses to {found.n_prompts} prompts" in err
+    assert palate_command("card", folder, "--sample", rows)[0] == 0
+    assert found.markdown() in (folder / "README.md").read_text()
+    code, quoted, err = palate_command("bases", folder, rows, "--quote-texts")
+    assert code == 0, err
+    assert quoted.startswith(out)
+    added = quoted[len(out) :]
+    for name in found.names:
+        assert all(re.search(rf"│ +{row} +│", added) for row in (*name.highest, *name.lowest))
+    best = found.names[0].highest[0]
+    sides = (pairs.texts[side[best]].response.split()[0] for side in (pairs.chosen, pairs.rejected))
+    assert re.search(rf"│ +{best} +│ {{}} .*│ {{}} ".format(*map(re.escape, sides)), added)  # the one it rewards comes first
 
 
 def test_same_seed_same_names(world: SyntheticData) -> None:

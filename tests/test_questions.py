@@ -1,5 +1,6 @@
 """Questions: scores against one pair and one user at a time, the loop against itself without a batch, and whether they pay."""
 
+import itertools
 import math
 from collections.abc import Iterator
 from functools import cache
@@ -43,6 +44,7 @@ from palate.questions import (
     next_questions,
     noisy,
     pairs_among,
+    ranking,
     settled,
     should_stop,
     twice,
@@ -444,6 +446,24 @@ def gaussian_model(k: int, variance: float) -> tuple[palate.Hierarchical, Prior]
     model = palate.Hierarchical().like(numbers | {"factors": math.sqrt(variance) * torch.eye(k)[None]})
     assert model.prior is not None
     return model, model.prior
+
+
+def test_a_ranking_says_how_sure_each_place_is() -> None:
+    rng = np.random.default_rng(3)
+    root = rng.standard_normal((3, 3))
+    mean, offset, slopes = rng.standard_normal(3), rng.standard_normal(6), rng.standard_normal((6, 3))
+    offset[5], slopes[5] = offset[2], slopes[2]  # a copy of another: for certain no better and no worse
+    known = Profile("ada", torch.from_numpy(mean), torch.from_numpy(root @ root.T), 0, True, "")
+    found = ranking(known, Rewards(offset, slopes))
+    order = [place.candidate for place in found]
+    assert order == np.argsort(-(offset + slopes @ mean), kind="stable").tolist()
+    np.testing.assert_allclose([place.reward for place in found], (offset + slopes @ mean)[order])
+    drawn = offset + rng.multivariate_normal(mean, root @ root.T, size=200_000) @ slopes.T
+    for place, after in itertools.pairwise(found):
+        apart = drawn[:, place.candidate] - drawn[:, after.candidate]
+        share = 0.5 if {place.candidate, after.candidate} == {2, 5} else float((apart > 0).mean())
+        assert place.above_next == pytest.approx(share, abs=0.005)
+    assert found[-1].above_next is None
 
 
 def test_what_cannot_be_settled() -> None:

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from palate import (
+    asking_cli,
+    bases_cli,
     bench_cli,
     cache_cli,
     data_cli,
@@ -115,6 +117,7 @@ def validate(
     quarantine: Annotated[Path | None, typer.Option(metavar="F", help="Write the bad rows here, verbatim, with reasons.")] = None,
     format: Annotated[str | None, typer.Option(help="'jsonl', 'csv', 'parquet' or 'polis'; by default by the name.")] = None,
     show: Annotated[int, typer.Option(help="How many bad rows to show.", min=0)] = 20,
+    overwrite: data_cli.Overwrite = False,
 ) -> None:
     """Check every row, in one pass and whatever the size; nothing is lost.
 
@@ -122,6 +125,9 @@ def validate(
     """
     from palate.data.validation import validate as check
 
+    for path, option in ((good, "--good"), (quarantine, "--quarantine")):
+        if path is not None:
+            terminal.free(path, overwrite, option)
     with terminal.progress(f"Reading {file}"):
         report = check(file, good=good, quarantine=quarantine, format=format)
     terminal.say(report.summary(most=show))
@@ -152,10 +158,12 @@ def fit(
     rate: tuning_cli.Rate = tuning_cli.USUAL.rate,
     checkpointing: tuning_cli.Checkpointing = False,
     bf16: tuning_cli.Bf16 = False,
+    overwrite: data_cli.Overwrite = False,
 ) -> None:
     """Learn what is shared: the crowd's reward and what people differ about. The model holds no user and no text."""
     from palate.models.reference import bound
 
+    terminal.free_for_model(out, overwrite)
     tuning = tuning_cli.asked(lora, lora_rank, hidden, epochs, rate, checkpointing, bf16)
     model = terminal.method(method)
     pairs, _ = terminal.read_choices(rows)
@@ -163,10 +171,14 @@ def fit(
     model = bound(model, features)
     model = tuning_cli.fitted(features, pairs, model, tuning, method=method, out=out, seed=seed)
     terminal.note(f"{method}, fitted on {pairs!r}; {terminal.what_was_found(model)}")
+    if (out / hub_cli.CARD).exists():
+        terminal.note(f"{out / hub_cli.CARD} is of what was there before; palate card --overwrite writes it anew")
     terminal.say(str(out))
 
 
 app.command("train")(training_cli.train)
+app.command("ask")(asking_cli.ask)
+app.command("bases")(bases_cli.bases)
 app.command("bench")(bench_cli.bench)
 app.command("judge")(judge_cli.judge)
 app.command("card")(hub_cli.card)
@@ -186,12 +198,13 @@ def adapt(
     ],
     cache: cache_cli.CacheFolder = None,
     no_cache: cache_cli.NoCache = False,
+    overwrite: data_cli.Overwrite = False,
 ) -> None:
     """Learn what each user of ROWS wants, all in one batched solve. A profile is a few numbers and belongs to this model."""
     from palate.adaptation import adapt as adapt_users
     from palate.models.base import load_model
 
-    terminal.free_for_profiles(out)
+    terminal.free_for_profiles(out, overwrite)
     fitted = load_model(model)
     pairs, _ = terminal.read_choices(rows)
     features = cache_cli.kept(terminal.saved_encoder(model), cache, no_cache)

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 app = typer.Typer(no_args_is_help=True, help="Make data sets, and get published ones.")
 
 Seed = Annotated[int, typer.Option(help="Same seed, same result on the same machine.", min=0)]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there under that name.")]
 
 
 @app.command()
@@ -32,11 +33,13 @@ def synthetic(
     drift: Annotated[float, typer.Option(help="Share of users who move to another group; needs two groups.", min=0, max=1)] = 0.0,
     noise: Annotated[float, typer.Option(help="Probability that a choice is flipped.", min=0, max=0.5)] = 0.0,
     seed: Seed = 0,
+    overwrite: Overwrite = False,
 ) -> None:
     """Write generated choices, in English, by users with known tastes."""
     from palate.data.synthetic import Population
     from palate.data.synthetic import synthetic as generated
 
+    terminal.free(out, overwrite, "OUT")
     population = Population(groups=groups, contrarians=contrarians, drift=drift)
     with terminal.progress("Writing texts and choosing"):
         pairs = generated(users, choices, population=population, noise=noise, seed=seed).pairs
@@ -54,11 +57,13 @@ def prepare(
         typer.Argument(metavar="[FILE]...", help="The published files, in the order that the recipe names.", show_default=False),
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Of the split; by default the published one, else 0.", min=0)] = None,
+    overwrite: Overwrite = False,
 ) -> None:
     """Turn published files into rows with the split of a recipe, as `palate compare` reads them.
 
     Figures on different recipes are not comparable; docs/datasets.md tells them apart.
     """
+    terminal.free(out, overwrite)
     with terminal.progress(f"Preparing {recipe}"):
         pairs, reports = recipes.prepared(recipe, files or [], seed)
     for report in reports:

@@ -49,11 +49,18 @@ def card(
     language: Annotated[
         list[str] | None, typer.Option(metavar="CODE", help="A language of the texts, such as en; may be repeated.")
     ] = None,
+    sample: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="ROWS", help="Choices over which the base rewards are named, as `palate bases` does; none is quoted."
+        ),
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the card that is there, whoever wrote it.")] = False,
 ) -> None:
     """Write MODEL/README.md: what the model is, how to use it, how good it is and for whom not, without naming anybody."""
     from palate.encoders.saved import ENCODER_FILE, saved_state
     from palate.models.base import load_model
+    from palate.naming import name_bases
     from palate.report.card import model_card
 
     path = model / CARD
@@ -63,6 +70,7 @@ def card(
     text = model_card(
         fitted,
         encoder=saved_state(model) if (model / ENCODER_FILE).exists() else None,
+        naming=None if sample is None else name_bases(fitted, terminal.read_choices(sample)[0], terminal.saved_encoder(model)),
         results=_results(results),
         method=method,
         repo_id=repo_id or f"ORG/{model.resolve().name}",

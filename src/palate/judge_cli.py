@@ -7,6 +7,7 @@ DIR/answers           every answer of the server, so that the same command goes 
 """
 
 import json
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 METHODS = ("in-context", "reasoning", "synthesize-me", "plus")
 REMEMBERS = ("in-context", "reasoning")
 USUAL_MEMORY = "recent:5"
+ANSWERS: tuple[Literal["scores", "percent"], ...] = ("scores", "percent")
 
 Rows = Annotated[
     Path,
@@ -42,8 +44,24 @@ class Asked(NamedTuple):
     answer: str
     samples: int
     temperature: float
+    answer_tokens: int | None
+    candidates: int | None
     encoder: str
     seed: int
+
+    def check(self) -> None:
+        """Refuse an option that would do nothing."""
+        unused = {
+            f"--memory {self.memory}": self.memory is not None and self.method not in REMEMBERS,
+            f"--samples {self.samples}": self.samples != 1 and self.method not in REMEMBERS,
+            f"--answer {self.answer}": self.answer != ANSWERS[0] and self.method != "reasoning",
+            f"--temperature {self.temperature:g}": self.temperature != 0 and self.method == "plus",
+            f"--answer-tokens {self.answer_tokens}": self.answer_tokens is not None and self.method == "plus",
+            f"--candidates {self.candidates}": self.candidates is not None and self.method != "synthesize-me",
+        }
+        given = [option for option, wrong in unused.items() if wrong]
+        if given:
+            raise DataError(f"{', '.join(given)}: {self.method} keeps its own, or has none; leave it out")
 
 
 def judge(
@@ -65,6 +83,16 @@ def judge(
     answer: Annotated[str, typer.Option(help="Of reasoning: scores (1 to 10 for each) or percent (a probability).")] = "scores",
     samples: Annotated[int, typer.Option(help="Answers to each order of each question; their mean counts.", min=1)] = 1,
     temperature: Annotated[float, typer.Option(help="Above 0 for more than one sample.", min=0)] = 0.0,
+    answer_tokens: Annotated[
+        int | None,
+        typer.Option(
+            help="Room for an answer; by default 64 for in-context, else 1024. Models that think first need more.", min=1
+        ),
+    ] = None,
+    candidates: Annotated[
+        int | None,
+        typer.Option(help="Of synthesize-me: random sets of demonstrations to try, 10 as published; fewer cost less.", min=0),
+    ] = None,
     encoder: Annotated[str, typer.Option("--encoder", metavar="SPEC", help="For similar:N and plus.")] = "minilm",
     briefs: Annotated[
         Path | None,
@@ -90,6 +118,7 @@ def judge(
     ] = None,
     key_env: Annotated[str, typer.Option(help="The environment variable that holds the key.")] = "OPENAI_API_KEY",
     workers: Annotated[int, typer.Option(help="Requests at once.", min=1)] = 8,
+    timeout: Annotated[float, typer.Option(help="Seconds without an answer after which a request has failed.", min=0.1)] = 60.0,
     seed: Annotated[int, typer.Option(help="Of the split, and sent with every request.", min=0)] = 0,
 ) -> None:
     """Let a language model say which response each unseen user would choose, and measure it.
@@ -97,12 +126,15 @@ def judge(
     Every question is asked in both orders. Stopped, by a kill or a budget, the same command goes on with what is missing.
     Exit code 1: some questions were not judged; the results are of the others.
     """
-    from palate.judges.base import load_briefs, save_briefs
+    from palate.encoders.asking import Limits
+    from palate.judges.base import load_briefs
     from palate.judges.client import Chat
     from palate.judges.judging import judged
     from palate.judges.ledger import Ledger
 
-    asked = Asked(terminal.one_of(method, METHODS, "--method"), memory, answer, samples, temperature, encoder, seed)
+    kind = terminal.one_of(method, METHODS, "--method")
+    asked = Asked(kind, memory, answer, samples, temperature, answer_tokens, candidates, encoder, seed)
+    asked.check()
     prices = _prices(price)
     known = None if briefs is None else load_briefs(briefs)
     pairs, _ = terminal.read_choices(rows)
@@ -115,6 +147,7 @@ def judge(
         key_env=key_env,
         cache=out / "answers",
         workers=workers,
+        limits=Limits(timeout=timeout, total=max(600.0, 10 * timeout)),
         ledger=account,
         limit_field=terminal.one_of(limit_field, limits, "--limit-field"),
         fields=_fields(fields),
@@ -138,7 +171,7 @@ def judge(
         )
     kept = out / "briefs.jsonl"
     if briefs is None or briefs.resolve() != kept.resolve():  # what somebody edited is theirs, also of users not judged here
-        save_briefs(found.briefs, kept)
+        _save_briefs(found.briefs, kept)
     _save_verdicts(found, test, parts, out / "verdicts.jsonl")
     found.evaluation.save(out / "results.jsonl")
     _show(found, method)
@@ -190,18 +223,14 @@ def _judge(asked: Asked, chat: "Chat", train: "PairSet", by: str | None, briefs:
     from palate.judges.reasoning import Reasoning
 
     if asked.method not in REMEMBERS:
-        if asked.memory is not None:
-            raise DataError(
-                f"--memory {asked.memory} is of {' and '.join(REMEMBERS)}; {asked.method} keeps its own, leave it out"
-            )
         return _own_memory(asked, chat, train, by)
-    memory = _memory(asked, chat, briefs)
+    memory, room = _memory(asked, chat, briefs), asked.answer_tokens
     samples, temperature, seed = asked.samples, asked.temperature, asked.seed
     if asked.method == "in-context":
-        return InContext(chat, memory=memory, samples=samples, temperature=temperature, seed=seed)
-    answers: tuple[Literal["scores", "percent"], ...] = ("scores", "percent")
-    answer = terminal.one_of(asked.answer, answers, "--answer")
-    return Reasoning(chat, memory=memory, answer=answer, samples=samples, temperature=temperature, seed=seed)
+        room = 64 if room is None else room
+        return InContext(chat, memory=memory, samples=samples, temperature=temperature, max_tokens=room, seed=seed)
+    answer, room = terminal.one_of(asked.answer, ANSWERS, "--answer"), 1024 if room is None else room
+    return Reasoning(chat, memory=memory, answer=answer, samples=samples, temperature=temperature, max_tokens=room, seed=seed)
 
 
 def _memory(asked: Asked, chat: "Chat", briefs: "dict[str, Brief] | None") -> "Memory":
@@ -225,12 +254,15 @@ def _memory(asked: Asked, chat: "Chat", briefs: "dict[str, Brief] | None") -> "M
 
 
 def _own_memory(asked: Asked, chat: "Chat", train: "PairSet", by: str | None) -> "Judge":
+    from palate.judges.bootstrap import Search
     from palate.judges.plus import Summaries
     from palate.judges.reward import PlusReward
     from palate.judges.synthesize import SynthesizeMe
 
     if asked.method == "synthesize-me":
-        return SynthesizeMe(chat, temperature=asked.temperature, seed=asked.seed)
+        search = Search() if asked.candidates is None else Search(n_candidates=asked.candidates)
+        room = 1024 if asked.answer_tokens is None else asked.answer_tokens
+        return SynthesizeMe(chat, search=search, temperature=asked.temperature, max_tokens=room, seed=asked.seed)
     writer = Summaries(chat, seed=asked.seed)
     told, held = _halves(train, by, asked.seed)
     with terminal.progress("Summing up the seen users"):
@@ -252,6 +284,22 @@ def _halves(train: "PairSet", by: str | None, seed: int) -> "tuple[PairSet, Pair
     unit: By = usual_unit(train) if by is None else terminal.one_of(by, terminal.UNITS, "--by")
     parts = split(train, by=unit, unseen=0.0, seed=seed)
     return train[parts.train], train[parts.test_seen]
+
+
+def _save_briefs(briefs: "dict[str, Brief]", path: Path) -> None:
+    """Write them; a file that says anything else, as after an edit, is somebody's work and is kept under another name."""
+    from palate.judges.base import save_briefs
+
+    before = next(name for n in count(1) if not (name := path.with_name(f"{path.stem}-{n}{path.suffix}")).exists())
+    if path.exists():
+        path.rename(before)
+    save_briefs(briefs, path)
+    if not before.exists():
+        return
+    if set(before.read_bytes().splitlines()) <= set(path.read_bytes().splitlines()):
+        before.unlink()
+    else:
+        terminal.note(f"{path} said something else, which is now in {before}; --briefs {before} judges by it")
 
 
 def _save_verdicts(found: "Judged", test: "PairSet", parts: "Split", path: Path) -> None:

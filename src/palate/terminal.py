@@ -6,7 +6,7 @@ terminal. This is the one place where a method or a split has a name.
 
 import json
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 Name = TypeVar("Name", bound=str)
 
 ENCODER_FILE = "encoder.json"
+_OBEYED = dict.fromkeys({*range(0x20), *range(0x7F, 0xA0)} - {ord("\t"), ord("\n")}, "\N{REPLACEMENT CHARACTER}")
 
 UNITS: tuple["By", ...] = ("conversation", "prompt", "item", "pair")
 
@@ -109,9 +110,14 @@ def one_of(value: str, allowed: Sequence[Name], option: str) -> Name:
     raise DataError(f"{option} is {value!r}; expected one of {', '.join(allowed)}")
 
 
+def _plain(text: str) -> str:
+    """Other people's text as it is: no markup, and no control character that a terminal would obey."""
+    return escape(text.translate(_OBEYED))
+
+
 def note(message: str) -> None:
     """A line for the person at the terminal, on standard error."""
-    Console(stderr=True, highlight=False, soft_wrap=True).print(escape(message))
+    Console(stderr=True, highlight=False, soft_wrap=True, emoji=False).print(_plain(message))
 
 
 def solves(model: "RewardModel") -> bool:
@@ -138,17 +144,17 @@ def say(message: str) -> None:
 
 def show(table: Table) -> None:
     """A table of the result, on standard output; as wide as it needs where nobody's terminal limits it."""
-    console = Console(highlight=False)
-    Console(highlight=False, width=None if console.is_terminal else 120).print(table)
+    console = Console()
+    Console(highlight=False, emoji=False, width=None if console.is_terminal else 120).print(table)
 
 
-def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> Table:
-    """A table with the first column as names and the others as figures. Cells are text, never markup."""
-    out = Table(title=escape(title) if title else None, title_justify="left", title_style="bold")
+def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]], words: Collection[int] = (0,)) -> Table:
+    """A table with columns of words, such as the first one's names, and the others of figures. Cells are text, never markup."""
+    out = Table(title=_plain(title) if title else None, title_justify="left", title_style="bold")
     for i, column in enumerate(columns):
-        out.add_column(escape(column), justify="left" if i == 0 else "right", overflow="fold")
+        out.add_column(_plain(column), justify="left" if i in words else "right", overflow="fold")
     for row in rows:
-        out.add_row(*(escape(str(cell)) for cell in row))
+        out.add_row(*(_plain(str(cell)) for cell in row))
     return out
 
 
@@ -225,8 +231,14 @@ def read_candidates(path: Path) -> list[str]:
     return out
 
 
-def free_for_profiles(out: Path) -> None:
-    """Refuse to write profiles in place of anything else, such as the rows they come from."""
+def free(out: Path, overwrite: bool, option: str = "--out") -> None:
+    """Refuse to write a file where there is one, unless it may be replaced. A device, such as /dev/stdout, takes everything."""
+    if out.is_file() and not overwrite:
+        raise DataError(f"{option} {out} exists; give another name, or --overwrite to replace it")
+
+
+def free_for_profiles(out: Path, overwrite: bool) -> None:
+    """Refuse to write profiles in place of older ones, unless they may be replaced, and always in place of anything else."""
     from palate.adaptation import Profiles
     from palate.errors import ModelFileError
 
@@ -235,6 +247,25 @@ def free_for_profiles(out: Path) -> None:
             Profiles.load(out)
     except ModelFileError as error:
         raise DataError(f"--out {out} exists and holds no profiles; expected a new name, or a file of `palate adapt`") from error
+    free(out, overwrite)
+
+
+def free_for_model(out: Path, overwrite: bool) -> None:
+    """The same for a model: refused before anything is fitted, and not when it is to be written. Other files do not matter."""
+    from palate.errors import ModelFileError
+    from palate.models.base import load_model
+    from palate.models.files import CONFIG, NUMBERS
+
+    if out.is_file():
+        raise DataError(f"--out {out} is a file; expected a folder, or a name where one can be made")
+    if not any((out / name).exists() for name in (CONFIG, NUMBERS, ENCODER_FILE)):
+        return
+    if not overwrite:
+        raise DataError(f"--out {out} holds a model; give another name, or --overwrite to replace it")
+    try:
+        load_model(out)
+    except ModelFileError as error:
+        raise DataError(f"--out {out} holds no model that can be read ({error}); expected a new name, or a model") from error
 
 
 def save_encoder(encoder: "Encoder", folder: Path) -> None:

@@ -19,7 +19,7 @@ from palate.errors import DataError
 
 @dataclass(frozen=True)
 class Columns:
-    """Where a file of this shape keeps what. The defaults are plain words: check them against your copy.
+    """Where a file of this shape keeps what. The defaults are those of the published code, SALT-NLP/SynthesizeMe.
 
     Attributes:
         user: who chose.
@@ -95,4 +95,5 @@ def _turns(value: object, column: str) -> list[Row]:
     turns = value if isinstance(value, list) else None
     if turns is None or not all(isinstance(turn, Mapping) and {"role", "content"} <= turn.keys() for turn in turns):
         raise DataError(f"{column} is {value!r:.60}; expected a text, or turns with role and content")
-    return [{"role": turn["role"], "content": turn["content"]} for turn in turns]
+    # PRISM says "model", and its half of the benchmark still does
+    return [{"role": "assistant" if turn["role"] == "model" else turn["role"], "content": turn["content"]} for turn in turns]

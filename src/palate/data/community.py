@@ -1,7 +1,10 @@
-"""Files in the shape of Community Alignment (Meta): an annotator reads four answers to a prompt and marks the best one.
+"""Community Alignment (Meta, arXiv 2507.09650), and files in its shape: an annotator reads four answers and marks the best one.
 
-One record becomes three choices, the marked answer over each other one. The published column names are not built in, because
-they could not be checked when this was written: the caller names them once.
+A mark becomes three choices, the marked answer over each other one. `load_community_alignment` reads the published file, in which
+a record is a conversation of up to four turns; `load_community` reads files of one mark a record, whose columns the caller names.
+
+The columns of the published file could not be read from the file itself when this was written; they are those that several
+programs of other people read from it. Where one is called otherwise in a later version, the error lists those that are there.
 """
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -10,8 +13,13 @@ from typing import Any
 
 from palate.data.foreign import Row, Source, choices_in, text
 from palate.data.pairs import PairSet
+from palate.data.rows import Problem, Reason
 from palate.data.validation import ValidationReport
 from palate.errors import DataError
+
+TURNS, LETTERS = ("first", "second", "third", "fourth"), "abcd"
+ABSENT = ("", "nan", "none", "empty string")  # what a missing cell was written as, in lower case
+END = "<|end_of_text|>"  # left at the end of some answers by the models that wrote them
 
 
 @dataclass(frozen=True)
@@ -78,3 +86,59 @@ def load_community(
 
     optional = [name for name in (columns.conversation, columns.language) if name is not None]
     return choices_in([(source, rows)], [columns.annotator, columns.prompt, *columns.answers, columns.preferred, *optional])
+
+
+def load_community_alignment(source: Source, *, languages: Collection[str] | None = None) -> tuple[PairSet, ValidationReport]:
+    """The published file: in every turn the marked answer over each of the others, and the report on rows that were left out.
+
+    The prompt of a turn is the conversation up to it, with the answers that the annotator marked. It ends at the first turn
+    without a prompt or a mark: what was said after a gap answers something that is not there. An answer that is not there, or
+    says the same as the marked one, is left out. The choices of one mark share a weight of 1; `conversation_id` keeps turns
+    together.
+
+    Args:
+        source: `community_alignment.csv`, or Parquet, one file or several, or rows.
+        languages: keep these values of `assigned_lang` only, such as {"en"}.
+
+    Raises:
+        DataError: a column that is not there, or no good row in these languages.
+    """
+
+    def rows(row: Mapping[str, Any]) -> Iterator[Row | Problem]:
+        if languages is not None and row["assigned_lang"] not in languages:
+            return
+        said: list[Row] = []
+        for turn in TURNS:
+            asked, best = _cell(row, f"{turn}_turn_prompt"), _cell(row, f"{turn}_turn_preferred_response")
+            if asked is None or best is None:
+                if not said:
+                    raise DataError("the first turn has no prompt or no marked answer")
+                return
+            answers = {f"response_{letter}": _cell(row, f"{turn}_turn_response_{letter}") for letter in LETTERS}
+            chosen = answers.get(best)
+            if chosen is None:
+                message = f"{turn}_turn_preferred_response is {best!r:.60}; expected one of the answers that are there"
+                yield Problem(Reason.WRONG_TYPE, message)  # the turns before it said what they said
+                return
+            said.append({"role": "user", "content": asked})
+            others = dict.fromkeys(answer for answer in answers.values() if answer is not None and answer != chosen)
+            for other in others:
+                talk: Row = {"prompt": asked if len(said) == 1 else list(said), "chosen": chosen, "rejected": other}
+                whose: Row = {"user_id": row["annotator_id"], "conversation_id": row["conversation_id"]}
+                yield talk | whose | {"weight": 1 / len(others)}
+            said.append({"role": "assistant", "content": chosen})
+
+    named = (f"{turn}_turn_{what}" for turn in TURNS for what in ("prompt", "preferred_response"))
+    answers = (f"{turn}_turn_response_{letter}" for turn in TURNS for letter in LETTERS)
+    return choices_in([(source, rows)], ["annotator_id", "conversation_id", "assigned_lang", *named, *answers])
+
+
+def _cell(row: Mapping[str, Any], column: str) -> str | None:
+    """The text in a column, None for one of the ways to write that there is none."""
+    value = row[column]
+    if value is None or value != value:  # NaN, as tables have it
+        return None
+    if not isinstance(value, str):
+        raise DataError(f"{column} is {value!r:.60} ({type(value).__name__}); expected a text")
+    found = value.strip().removesuffix(END).rstrip()
+    return None if found.lower() in ABSENT else found

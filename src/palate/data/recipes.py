@@ -75,6 +75,12 @@ def _arena(files: "Files", seed: int | None) -> "Prepared":
     return load_arena(files[0], files[1], files[2], seed=seed or 0)
 
 
+def _community(files: "Files", seed: int | None) -> "Prepared":
+    from palate.data.community import load_community_alignment
+
+    return load_community_alignment(files)
+
+
 def _personas(files: "Files", seed: int | None) -> "Prepared":
     from palate.data.personas import load_personas
 
@@ -113,6 +119,7 @@ RECIPES: Mapping[str, _Preparation] = {
     "personalllm-lore": _Preparation(("train", "test"), _simulated(False)),
     "personalllm-random": _Preparation(("train", "test"), _simulated(True)),
     "arena": _Preparation(("train", "val", "test"), _arena),
+    "community-alignment": _Preparation(("part...",), _community),
     "personas": _Preparation(("train", "validation", "calibration", "test"), _personas),
     "attributes": _Preparation((), _attributes),
 }
@@ -124,7 +131,8 @@ def prepared(name: str, files: "Files", seed: int | None = None) -> "tuple[PairS
     Args:
         name: one of `RECIPES`.
         files: the published files in the recipe's order.
-        seed: of the split; None for the published one, else 0. Personas come with their split and have no draws.
+        seed: of the split; None for the published one, else 0. Personas come with their split and have no draws; Community
+            Alignment has no published split, and its rows have none.
 
     The simulated users of PersonalLLM are the 1000 + 1000 of the paper on the first 100 test prompts, because rows repeat their
     texts; in Python all test prompts cost nothing.

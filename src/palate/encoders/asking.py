@@ -4,15 +4,15 @@ What passes (no connection, no answer in time, 408, 409, 425, 429, 5xx) is tried
 after as long as the server asks for; what does not pass (any other 4xx) is an error with the server's words. The official client
 of OpenAI sends the requests; its own retries are off, because it knows no limit for all of them together.
 
-Keys come from the environment and stay there: they are in no message.
+Keys come from the environment and are in no message and no file.
 """
 
 import os
 import threading
 import time
-from collections.abc import Generator, Iterator, Mapping, Sequence
+import weakref
+from collections.abc import Generator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
@@ -89,7 +89,8 @@ class Server:
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise DataError(f"url is {url!r}; expected 'http://host:8000' or 'https://host/v1'")
         self.url, self.key_env, self.limits = url.rstrip("/"), key_env, limits
-        self._pace = _Pace()
+        self._pace, self._lock = _Pace(), threading.Lock()
+        self._kept: tuple[tuple[int, str, str, float], Any] | None = None
 
     def ask(self, path: str, bodies: Sequence[Mapping[str, Any]]) -> Generator[str, None, None]:
         """The answers to `bodies`, in their order, `limits.concurrent` at once. When one fails for good the others are stopped.
@@ -99,8 +100,8 @@ class Server:
             DataError: OpenAI's own address without a key.
             MissingExtraError: openai or tenacity is not installed.
         """
-        stop = threading.Event()
-        with self.connected() as client, ThreadPoolExecutor(self.limits.concurrent) as pool:
+        stop, client = threading.Event(), self.client()
+        with ThreadPoolExecutor(self.limits.concurrent) as pool:
             futures = [pool.submit(self._one_of_all, client, path, body, stop) for body in bodies]
             try:
                 for future in futures:
@@ -113,16 +114,22 @@ class Server:
                 for future in futures:
                     future.cancel()
 
-    @contextmanager
-    def connected(self) -> Iterator[Any]:
-        """The client that `request` sends through, for any number of threads at once. Errors as in `ask`."""
-        openai = _openai()
-        if not self._key() and self.url == OPENAI:
+    def client(self) -> Any:
+        """The client that `request` sends through, for any number of threads at once. Errors as in `ask`.
+
+        It is kept with its connections, which cost a handshake each, until this object goes; another address, key, timeout
+        or process has another one.
+        """
+        openai, key = _openai(), self._key()
+        if not key and self.url == OPENAI:
             raise DataError(f"{self.url} asks for a key and the variable {self.key_env} is not set; set it to your key")
-        with openai.OpenAI(
-            api_key=self._key() or "none", base_url=self.url, timeout=self.limits.timeout, max_retries=0
-        ) as client:
-            yield client
+        with self._lock:
+            made_for = os.getpid(), self.url, key or "none", self.limits.timeout
+            if self._kept is None or self._kept[0] != made_for:
+                client = openai.OpenAI(api_key=key or "none", base_url=self.url, timeout=self.limits.timeout, max_retries=0)
+                weakref.finalize(self, client.close)  # not sooner: requests may be under way in other threads
+                self._kept = made_for, client
+            return self._kept[1]
 
     def request(self, client: Any, path: str, body: Mapping[str, Any], stop: threading.Event) -> str:
         """The answer to one request, with its retries; others are left alone when it fails.

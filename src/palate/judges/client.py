@@ -79,7 +79,7 @@ class Chat:
     Args:
         model: the name that the server knows it by.
         base_url: such as 'http://localhost:8000/v1'; where None, $OPENAI_BASE_URL, else OpenAI's. No part of the cache's keys.
-        key_env: the environment variable that holds the key; the key itself is kept nowhere.
+        key_env: the environment variable that holds the key; the key itself is in no file and no message.
         limits: retries and timeouts (`Limits`).
         cache: folder in which answers are kept; None for none.
         workers: requests at once, in place of `limits.concurrent`.
@@ -176,12 +176,8 @@ class Chat:
         return None if kept is None else Reply(**kept, cached=True)
 
     def _sent(self, asked: Sequence[_Asked]) -> dict[str, Reply | ChatError]:
-        stop, breaker = threading.Event(), _Breaker()
-        with (
-            self.ledger.timed(),
-            self.server.connected() as client,
-            ThreadPoolExecutor(self.server.limits.concurrent) as pool,
-        ):
+        stop, breaker, client = threading.Event(), _Breaker(), self.server.client()
+        with self.ledger.timed(), ThreadPoolExecutor(self.server.limits.concurrent) as pool:
             futures = {one.key: pool.submit(self._answered, client, one, stop, breaker) for one in asked}
             try:
                 return {key: future.result() for key, future in futures.items()}

@@ -22,7 +22,7 @@ from palate.questions.rules import (
     Targeted,
     Thompson,
 )
-from palate.questions.stopping import Settled, settled, should_stop
+from palate.questions.stopping import Place, Settled, ranking, settled, should_stop
 from palate.questions.unsure import evidence_of_unsure
 
 __all__ = [
@@ -35,6 +35,7 @@ __all__ = [
     "InformationGain",
     "Known",
     "MutualInformation",
+    "Place",
     "Pool",
     "Question",
     "Random",
@@ -50,6 +51,7 @@ __all__ = [
     "noisy",
     "pairs_among",
     "pick",
+    "ranking",
     "settled",
     "should_stop",
     "twice",

@@ -33,6 +33,35 @@ class Settled(NamedTuple):
     regret: float
 
 
+class Place(NamedTuple):
+    """A candidate in its place.
+
+    Attributes:
+        candidate: its row in what was ranked.
+        reward: expected, in log-odds.
+        above_next: probability that the user likes it more than the next one; None of the last.
+    """
+
+    candidate: int
+    reward: float
+    above_next: float | None
+
+
+@torch.no_grad()
+def ranking(known: Known, rewards: Rewards) -> list[Place]:
+    """The candidates, best first, with how sure each is of its place: Phi(margin / s), s^2 = (v_i - v_j)^T C (v_i - v_j).
+
+    Equal rewards keep their order. O(m K^2). Raises: as `settled`.
+    """
+    mean, covariance, offset, slopes = _numbers(known, rewards)
+    expected = offset + slopes @ mean
+    order = expected.argsort(descending=True, stable=True)
+    apart = slopes[order][:-1] - slopes[order][1:]
+    std = ((apart @ covariance) * apart).sum(1).clamp(min=0).sqrt()
+    sure = torch.special.ndtr((expected[order][:-1] - expected[order][1:]) / std.clamp(min=TIED))
+    return [Place(*of) for of in zip(order.tolist(), expected[order].tolist(), [*sure.tolist(), None], strict=True)]
+
+
 @torch.no_grad()
 def settled(known: Known, rewards: Rewards, *, draws: int = DRAWS, seed: int = 0) -> Settled:
     """`Settled` of the candidates `rewards` (m of them), by draws of the weights from N(mean, covariance).
@@ -43,24 +72,9 @@ def settled(known: Known, rewards: Rewards, *, draws: int = DRAWS, seed: int = 0
     Raises:
         DataError: a profile without a covariance, no candidate, shapes that disagree, numbers that are not finite.
     """
-    belief = belief_of(known)
-    if belief.covariance is None:
-        raise DataError(
-            "how settled a ranking is needs a covariance of the weights, and this method has none; use one with a prior"
-        )
     if draws < 1:
         raise DataError(f"draws is {draws}; expected at least 1")
-    mean, covariance = belief.mean[0].double(), belief.covariance[0].double()
-    offset, slopes = (torch.from_numpy(np.asarray(column, dtype=np.float64)) for column in (rewards.offset, rewards.slopes))
-    if not len(offset) or offset.ndim != 1 or slopes.shape != (len(offset), len(mean)):
-        raise DataError(
-            f"candidates have offset {tuple(offset.shape)} and slopes {tuple(slopes.shape)}; "
-            f"expected (m,) and (m, {len(mean)}), m at least 1"
-        )
-    if not all(bool(torch.isfinite(part).all()) for part in (mean, covariance, offset, slopes)):
-        raise DataError(
-            "a profile or a candidate holds a number that is NaN or infinite; expected finite ones: adapt or embed again"
-        )
+    mean, covariance, offset, slopes = _numbers(known, rewards)
     expected = offset + slopes @ mean
     order = expected.argsort(descending=True, stable=True)
     offset, slopes, expected = offset[order], slopes[order], expected[order]
@@ -110,6 +124,27 @@ def should_stop(
     found = settled(known, rewards, seed=seed)
     wrong = found.wrong_best if what == "best" else found.wrong_order
     return wrong <= error or (regret > 0 and found.regret <= regret)
+
+
+def _numbers(known: Known, rewards: Rewards) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Mean (K,) and covariance (K, K) of one user, offset (m,) and slopes (m, K) of the candidates, checked, in float64."""
+    belief = belief_of(known)
+    if belief.covariance is None:
+        raise DataError(
+            "how settled a ranking is needs a covariance of the weights, and this method has none; use one with a prior"
+        )
+    mean, covariance = belief.mean[0].double(), belief.covariance[0].double()
+    offset, slopes = (torch.from_numpy(np.asarray(column, dtype=np.float64)) for column in (rewards.offset, rewards.slopes))
+    if not len(offset) or offset.ndim != 1 or slopes.shape != (len(offset), len(mean)):
+        raise DataError(
+            f"candidates have offset {tuple(offset.shape)} and slopes {tuple(slopes.shape)}; "
+            f"expected (m,) and (m, {len(mean)}), m at least 1"
+        )
+    if not all(bool(torch.isfinite(part).all()) for part in (mean, covariance, offset, slopes)):
+        raise DataError(
+            "a profile or a candidate holds a number that is NaN or infinite; expected finite ones: adapt or embed again"
+        )
+    return mean, covariance, offset, slopes
 
 
 def _wrong_pairs(expected: Tensor, slopes: Tensor, covariance: Tensor) -> float:
