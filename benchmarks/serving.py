@@ -247,8 +247,10 @@ async def figures(load: Load, folder: Path, seconds: float, process: psutil.Proc
     said("write and fsync of 8 KiB", flushes(folder))
     for name, make, rate in (("rank at 500/s", load.rank, 500), ("feedback at 50/s", load.feedback, 50)):
         before = sum(process.cpu_times()[:2])
-        said(name, await load.at_rate(make, rate, seconds))
-        print(f"  server's processor: {100 * (sum(process.cpu_times()[:2]) - before) / seconds:.0f} %")
+        took = await load.at_rate(make, rate, seconds)
+        used = sum(process.cpu_times()[:2]) - before
+        said(name, took)
+        print(f"  server's processor: {100 * used / seconds:.0f} %, {1e3 * used / len(took):.2f} ms an answer")
     both = asyncio.gather(load.at_rate(load.rank, 450, seconds), load.at_rate(load.feedback, 50, seconds))
     for name, took in zip(("rank at 450/s with feedback", "feedback at 50/s with rank"), await both, strict=True):
         said(name, took)

@@ -239,6 +239,17 @@ def test_a_key_asks_no_more_often_than_it_may_and_others_do_not_suffer() -> None
     assert client.get("/v1/users", headers=bearer(two)).status_code == 200
 
 
+def test_who_asks_whether_the_service_lives_is_never_told_that_it_asks_too_often() -> None:
+    client = service(None, Limits(per_second=0.01, burst=1))
+    assert [client.get(path).status_code for path in ("/health", "/health", "/v1/users", "/v1/users", "/health")] == [
+        200,
+        200,
+        200,
+        429,
+        200,
+    ]
+
+
 def test_the_openapi_document_says_that_keys_are_needed() -> None:
     document = service(None).get("/openapi.json").json()
     assert document["components"]["securitySchemes"]["HTTPBearer"]["scheme"] == "bearer"

@@ -1,6 +1,7 @@
 """The client against a whole service on 127.0.0.1, and against a network that fails in every way that a script can say."""
 
 import asyncio
+import socket
 import sys
 import time
 from collections.abc import Iterator
@@ -294,6 +295,22 @@ def test_texts_and_addresses_that_cannot_be(monkeypatch: pytest.MonkeyPatch) -> 
         Client("https://host.example", "palate_x\r\nX-Evil: 1")
     with pytest.raises(DataError, match="expected positive seconds"):
         Patience(timeout=0)
+
+
+def test_a_key_for_this_machine_goes_through_no_proxy(service: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as proxy:  # which would never answer, and read the key
+        for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY"):
+            monkeypatch.setenv(name, f"http://127.0.0.1:{proxy.getsockname()[1]}")
+        for name in ("NO_PROXY", "no_proxy"):
+            monkeypatch.delenv(name, raising=False)
+        with Client(service.url, service.key, patience=Patience(timeout=5, retries=0)) as client:
+            assert client.ready()["status"] == "ready"
+
+        async def awaited() -> Any:
+            async with AsyncClient(service.url, service.key, patience=Patience(timeout=5, retries=0)) as client:
+                return await client.ready()
+
+        assert asyncio.run(awaited())["status"] == "ready"
 
 
 def test_events_of_the_library_are_sent_as_their_json() -> None:

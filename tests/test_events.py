@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 from typing import Any
 
 import numpy as np
@@ -203,6 +204,15 @@ def test_examples_are_read_from_json_and_back(kind: type[Event]) -> None:
     assert own["required"][0] == "kind"
     assert own["examples"] == list(kind.examples)
     assert own["additionalProperties"] is False
+
+
+def test_the_schema_says_what_is_refused_of_lists_and_roles() -> None:
+    places = Ranked.model_json_schema()["properties"]["places"]
+    assert (places["minItems"], places["maxItems"]) == (1, 32)
+    tied = places["items"]["anyOf"][1]
+    assert (tied["minItems"], tied["maxItems"]) == (1, 4)
+    role = Choice.model_json_schema()["$defs"]["Turn"]["properties"]["role"]
+    assert re.search(role["pattern"], "a\x00") is None
 
 
 def pair(**more: Any) -> dict[str, Any]:

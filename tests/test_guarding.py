@@ -1,9 +1,12 @@
 """What is refused before anything reads it, what a browser is told, and what a log and the metrics must never hold."""
 
 import asyncio
+import gc
+import gzip
 import io
 import json
 import logging
+import logging.config
 import re
 import time
 from collections.abc import Iterator
@@ -22,7 +25,7 @@ from palate.errors import DataError, MismatchError, UnknownUserError
 from palate.server import problems
 from palate.server.batching import OverloadedError
 from palate.server.guarding import Bodies, Bucket, Guard, Limits, UserId, check_json, check_path
-from palate.server.observing import JsonLine, Log, Metrics, Observing
+from palate.server.observing import OTHERS, JsonLine, Log, Metrics, Observing, uvicorn_logging
 from palate.server.problems import Problem
 
 SMALL = Limits(body_bytes=2000, depth=5, header_bytes=4000, path_bytes=500, upload_seconds=0.2, seconds=0.3, at_once=2)
@@ -167,6 +170,9 @@ def test_other_content_types_are_refused(service: Service) -> None:
     for kind in ("text/plain", "application/x-www-form-urlencoded", "", "application/jsonp"):
         assert say(service, b'{"text": "Yes."}', **{"content-type": kind}).status_code == 415
     assert say(service, b'{"text": "Yes."}', **{"content-type": "Application/JSON; charset=utf-8"}).status_code == 200
+    assert say(service, b'{"text": "Yes."}', **{"content-encoding": "identity"}).status_code == 200
+    packed = say(service, gzip.compress(b'{"text": "Yes."}'), **{"content-encoding": "gzip"})
+    assert (packed.status_code, packed.json()["code"]) == (415, "encoding")
 
 
 @given(st.recursive(st.text() | st.integers() | st.none(), lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner)))
@@ -265,6 +271,8 @@ def test_only_loopback_names_where_there_are_no_keys() -> None:
         assert local.get("/health", headers={"host": host}).status_code == 200
     for host in ("evil.example", "127.0.0.1.evil.example", "localhost:80@evil.example", ""):
         assert local.get("/health", headers={"host": host}).json()["code"] == "host"
+    two = [("host", "localhost"), ("host", "evil.example")]
+    assert local.get("/health", headers=two).json()["code"] == "host"
 
 
 def test_headers_for_browsers() -> None:
@@ -434,3 +442,30 @@ def test_lines_of_other_loggers_hold_no_words_of_errors() -> None:
     line = JsonLine().format(record)
     assert "sesame" not in line
     assert json.loads(line)["error"] == "builtins.ValueError"
+
+
+def test_what_asyncio_and_the_database_say_is_a_line_without_words_of_errors(capsys: pytest.CaptureFixture[str]) -> None:
+    """Their loggers would print a task's error, with what it quotes, to standard error as it is."""
+
+    async def lost() -> None:
+        raise ValueError("sesame")
+
+    async def nobody_waits() -> None:
+        task = asyncio.create_task(lost())
+        await asyncio.sleep(0)
+        del task
+        gc.collect()
+
+    kept = {name: (logging.getLogger(name).handlers[:], logging.getLogger(name).propagate) for name in OTHERS}
+    try:
+        logging.config.dictConfig(uvicorn_logging())
+        asyncio.run(nobody_waits())
+        logging.getLogger("sqlalchemy.pool").error("Exception during reset or similar: %s", "sesame")
+    finally:
+        for name, (handlers, propagate) in kept.items():
+            logging.getLogger(name).handlers, logging.getLogger(name).propagate = handlers, propagate
+    said = capsys.readouterr().err
+    assert "sesame" not in said
+    task, pool = map(json.loads, said.splitlines())
+    assert (task["event"], task["error"]) == ("Task exception was never retrieved", "builtins.ValueError")
+    assert (pool["event"], pool["logger"]) == ("Exception during reset or similar", "sqlalchemy.pool")

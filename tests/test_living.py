@@ -585,6 +585,10 @@ def test_bytes_bring_back_everything() -> None:
         np.testing.assert_array_equal(ours, theirs)
     np.testing.assert_allclose(again.undo("r").mean, live.undo("r").mean, atol=1e-9)
     assert again.update(choices(1, user="ada\u00e9")).event_ids[-1] == "event-2"
+    data = live.to_bytes()  # a file of safetensors as its own reader has it, with the numbers aligned
+    assert int.from_bytes(data[:8], "little") % 8 == 0
+    for name, column in live.history.rows._asdict().items():
+        np.testing.assert_array_equal(load(data)[f"rows.{name}"], column)
     blank = population.start("bob")
     np.testing.assert_array_equal(population.from_bytes(blank.to_bytes()).mean, blank.mean)
     # Under other settings of the same model the rows are solved again.

@@ -6,6 +6,7 @@ import http.client
 import json
 import math
 import os
+import re
 import shlex
 import signal
 import socket
@@ -23,6 +24,7 @@ import torch
 from fastapi.testclient import TestClient
 
 import palate
+from palate import serve_cli
 from palate.data.embeddings import Dense
 from palate.data.pairs import Choice, PairSet, Text
 from palate.encoders import Encoder
@@ -33,11 +35,15 @@ from palate.living.floor import Floor
 from palate.living.population import Population
 from palate.living.reading import Level, Reading
 from palate.server import parsing, running
+from palate.server.access import KeyRing
 from palate.server.app import create_app
 from palate.server.batching import Batcher, OverloadedError, Rows
 from palate.server.bodies import RankRequest
+from palate.server.direct import Direct
+from palate.server.keys import mint
 from palate.server.lanes import Lane, Room, Shelf, keys_of
 from palate.server.loading import lane_of as make_lane
+from palate.server.observing import Metrics
 from palate.server.people import People
 from palate.server.runtime import RefusedError, Runtime
 from palate.server.shapes import GetRewardRequest
@@ -247,6 +253,40 @@ def test_a_question_is_worth_asking_and_one_with_a_known_answer_is_not(client: T
     assert client.post("/v1/users/ada/question", json={"pool": pool[:1]}).json()["enough"] is True
 
 
+def test_the_document_says_that_a_query_holds_no_nul(client: TestClient) -> None:
+    texts = [
+        shape
+        for path in client.get("/openapi.json").json()["paths"].values()
+        for operation in path.values()
+        for parameter in operation.get("parameters", ())
+        if parameter["in"] == "query"
+        for shape in (parameter["schema"], *parameter["schema"].get("anyOf", ()))
+        if shape.get("type") == "string"
+    ]
+    assert len(texts) >= 4
+    assert all(re.search(shape["pattern"], "a\x00b") is None and re.search(shape["pattern"], "") for shape in texts)
+    assert client.get("/v1/users?after=a%00b").json()["code"] == "bad_query"
+
+
+def test_a_refusal_repeats_nothing_of_what_was_sent(client: TestClient) -> None:
+    agree(client)
+    for kind in ("sesame", ["sesame"], "sesame" * 50_000):
+        for body in ({"kind": kind}, {"events": [{"kind": kind}]}):
+            answer = client.post("/v1/users/ada/feedback", json=body)
+            assert (answer.status_code, "kind" in answer.json()["errors"][0]["why"]) == (422, True)
+            assert "'choice', 'pick'" in answer.text
+            assert "sesame" not in answer.text
+
+
+def test_nobody_is_asked_to_choose_between_a_text_and_itself(client: TestClient) -> None:
+    pool = [{"prompt": PROMPT, "candidates": [TEXTS[0], TEXTS[0]]}, {"prompt": PROMPT, "candidates": [TEXTS[1], *TEXTS[:2]]}]
+    for rule in ("targeted", "information", "thompson", "d-optimal", "random"):
+        found = client.post("/v1/users/ada/question", json={"pool": pool, "rule": rule, "n": 9}).json()
+        assert {(one["entry"], one["first"], one["second"]) for one in found["questions"]} <= {(1, 0, 1), (1, 1, 2)}
+        assert found["questions"]
+    assert client.post("/v1/users/ada/question", json={"pool": pool[:1]}).json()["questions"] == []
+
+
 # -- what is acknowledged
 
 
@@ -427,6 +467,24 @@ def test_somebody_deleted_elsewhere_is_not_remembered(url: str) -> None:
             assert (person.version, person.personal) == (0, False)
             with pytest.raises(RefusedError, match="no consent"):
                 await server.feedback(ADA, [parse_feedback(chosen(TEXTS[0], TEXTS[1]))])
+            await server.close()
+
+    run(work())
+
+
+def test_of_somebody_deleted_elsewhere_nothing_is_held_whoever_asks(url: str) -> None:
+    async def work() -> None:
+        with open_store(url) as store:
+            server = Runtime([lane_of()], store)
+            for user in ("ada", "ben"):
+                await server.agreed((ADA[0], user), Consent(purpose="personalise", text_version="1", granted=True, at=1.7e9))
+            await server.people.recall()
+            await server.deleted((ADA[0], "ben"))  # by this process: no reason to forget the others
+            await server.people.recall()
+            assert len(server.people._persons) == len(server.people._helds) == 1
+            store.delete(*ADA)
+            await server.people.recall()
+            assert len(server.people._persons) == len(server.people._helds) == 0
             await server.close()
 
     run(work())
@@ -704,6 +762,61 @@ def test_hostile_bodies_and_ids_are_refused_with_a_reason(client: TestClient) ->
     assert ok.json()["user_id"] == "zoë ☃"
 
 
+def test_the_short_way_answers_as_the_framework_does(tmp_path: Path) -> None:
+    """Every request in order to a service with `Direct` routes and to one without: status, body, headers and numbers agree."""
+    body = {"prompt": PROMPT, "candidates": TEXTS}
+    first, again = chosen(*TEXTS[:2], event_id="a"), chosen(*TEXTS[1:3], event_id="b")
+    keyed = {"Idempotency-Key": "click-1"}
+    (may, one), (may_not, other) = mint(), mint()
+    asked: list[tuple[str, str, dict[str, Any]]] = [
+        ("POST", "ada/feedback", {"json": first}),  # no consent
+        ("PUT", "ada/consent", {"json": {"purpose": "personalise", "text_version": "1", "granted": True, "at": 1.7e9}}),
+        *[("POST", "ada/feedback", {"json": given, "headers": keyed}) for given in (first, first, again)],
+        ("POST", "ada/feedback", {"json": again}),
+        ("POST", "ada/feedback", {"json": again}),  # its id is taken
+        (
+            "POST",
+            "ada/feedback",
+            {"json": {"events": [chosen(*TEXTS[2:4], event_id="c"), {"kind": "undo", "of": "a", "event_id": "d"}]}},
+        ),
+        ("POST", "ada/feedback", {"json": {"kind": "undo", "of": "nothing"}}),
+        ("POST", "ada/feedback", {"json": {"kind": "shout"}}),
+        *[("POST", "ada/feedback", {"json": again, "headers": {"Idempotency-Key": key}}) for key in ("", "two words", "k" * 257)],
+        *[("POST", f"{who}/rank", {"json": body}) for who in ("ada", "nobody", "a" * 257, "%0a", "a%2Fb", "%F0%9F%A6%8A", "")],
+        *[("POST", "ada/rank", {"json": body | more}) for more in ({"top_n": 2}, {"return_candidates": True}, {"top_n": 0})],
+        *[("POST", "ada/rank", {"json": body | more}) for more in ({"model": "m"}, {"model": "x"}, {"at_least": 0.9}, {"x": 1})],
+        *[("POST", "ada/rank?model=x", {"content": text}) for text in (b"", b"{", b"[]", b'{"prompt": "a", "candidates": []}')],
+        ("POST", "ada/rank", {"json": body, "headers": {"Content-Type": "text/plain"}}),
+        ("POST", "ada/rank", {"json": body | {"candidates": [*TEXTS, "x" * 90_000, "y" * 90_000, "z" * 90_000]}}),
+        ("POST", "ada/rank/", {"json": body}),
+        *[(method, "ada/rank", {}) for method in ("GET", "HEAD", "OPTIONS", "PUT")],
+        *[("POST", f"ada/{route}", {"json": body, "headers": {"Authorization": "no"}}) for route in ("rank", "feedback")],
+        ("POST", "ada/rank", {"json": body, "headers": {"Authorization": f"Bearer {may_not}"}}),
+    ]
+    seen: list[list[Any]] = []
+    for short in (True, False):
+        with open_store(str(tmp_path / f"{short}.db")) as store:
+            metrics = Metrics()
+            store.keys.add(one, "acme", ("rank", "feedback", "users"), "all")
+            store.keys.add(other, "acme", ("users",), "some")
+            app = create_app(Runtime([lane_of()], store), metrics=metrics, keys=KeyRing(store.keys))
+            if not short:
+                app.router.routes[:] = [route for route in app.router.routes if not isinstance(route, Direct)]
+            with TestClient(app, base_url="http://127.0.0.1", follow_redirects=False) as client:
+                answers = []
+                for method, path, given in asked:
+                    sent = {"Content-Type": "application/json", "X-Request-ID": "r", "Authorization": f"Bearer {may}"}
+                    sent |= given.get("headers", {})
+                    answer = client.request(method, f"/v1/users/{path}", **given | {"headers": sent})
+                    answers.append((method, path, answer.status_code, sorted(answer.headers.items()), answer.content))
+            counted = [line for line in metrics.render()[0].decode().splitlines() if line.startswith("palate_requests_total")]
+            seen.append([*answers, *sorted(counted)])
+    assert len(seen[0]) == len(seen[1]) > len(asked)
+    for one, other in zip(*seen, strict=True):
+        assert one == other
+    assert {200, 400, 401, 403, 404, 405, 409, 415, 422} <= {answer[2] for answer in seen[0][: len(asked)]}
+
+
 def test_models_that_cannot_be_served_are_refused(url: str) -> None:
     with open_store(url) as store:
         with pytest.raises(DataError, match="0 models with 0 names"):
@@ -727,6 +840,10 @@ def test_where_a_server_may_listen(tmp_path: Path) -> None:
         running.check_tls(tmp_path, None)
     with pytest.raises(DataError, match="which is no file"):
         running.check_tls(tmp_path, tmp_path)
+    garbled = tmp_path / "garbled.pem"
+    garbled.write_text("-----BEGIN CERTIFICATE-----\nnothing\n-----END CERTIFICATE-----\n")
+    with pytest.raises(DataError, match="no certificate and its key"):
+        running.check_tls(garbled, garbled)
 
 
 def test_the_command_refuses_what_cannot_be(palate_command: Callable[..., Any], tmp_path: Path) -> None:
@@ -734,6 +851,25 @@ def test_the_command_refuses_what_cannot_be(palate_command: Callable[..., Any], 
     assert palate_command("serve", "m", "--demo").code == 2
     done = palate_command("serve", tmp_path, "--host", "0.0.0.0", "--store", tmp_path / "p.db")
     assert (done.code, "no API key" in done.err) == (2, True)
+
+
+def test_revoking_the_last_key_opens_nothing(
+    palate_command: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, url: str
+) -> None:
+    with open_store(url) as store:
+        store.keys.revoke(store.keys.add(b"k" * 32, "acme", ("users",), "the only one").id)
+    seen: list[int] = []
+
+    def ask(app: Any, **_: object) -> None:
+        with TestClient(app, base_url="http://127.0.0.1") as client:
+            seen.extend(client.get(path).status_code for path in ("/v1/users", "/health"))
+
+    monkeypatch.setattr(running, "run", ask)
+    monkeypatch.setattr(running, "leave_on_term", lambda: None)
+    monkeypatch.setattr(serve_cli, "_demo", lambda _: [lane_of()])
+    done = palate_command("serve", "--demo", "--store", url)
+    assert (done.code, seen) == (0, [401, 200]), done.err
+    assert "no API keys" not in done.err
 
 
 @pytest.mark.slow

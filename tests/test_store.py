@@ -373,7 +373,7 @@ def test_keys_of_the_service(store: ProfileStore) -> None:
     with pytest.raises(DataError, match="'again' is there already"):
         store.keys.add(b"\x01" * 32, "acme", [], "again")
     assert store.keys.revoke(made.id)
-    assert not store.keys.revoke(99)
+    assert not any(store.keys.revoke(number) for number in (99, 0, -1, 2**63, 10**30))
     revoked = store.keys.find(b"\x01" * 32)
     assert revoked is not None
     assert revoked.revoked is not None

@@ -40,3 +40,18 @@ def test_prune(url: str, palate_command: Run) -> None:
     with open_store(url) as store:
         assert [event.event_id for event in store.events("default", "ada")] == ["e2"]
     assert "--older-than is 'soon'" in palate_command("prune", "--store", url, "--older-than", "soon")[2]
+
+
+def test_a_mistyped_store_is_said_and_not_made(palate_command: Run, tmp_path: Path) -> None:
+    """An empty new one would say that nobody of that name was ever there, and a deletion would look done."""
+    url = str(tmp_path / "profile.db")
+    for line in (
+        ("export", "ada"),
+        ("forget", "ada"),
+        ("prune", "--older-than", "1d"),
+        ("keys", "list"),
+        ("keys", "revoke", "1"),
+    ):
+        code, _, err = palate_command(*line, "--store", url)
+        assert (code, "there is no store" in err) == (2, True), line
+    assert not any(tmp_path.iterdir())

@@ -140,8 +140,8 @@ class Client:
         transport: "httpx.BaseTransport | None" = None,
     ):
         httpx, self.patience = _httpx(), patience or Patience()
-        self.url, headers = _address(url, key, plain_http)
-        self._http = httpx.Client(base_url=self.url, headers=headers, timeout=self.patience.timeout, transport=transport)
+        self.url, settings = _address(url, key, plain_http)
+        self._http = httpx.Client(timeout=self.patience.timeout, transport=transport, **settings)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.url!r})"
@@ -222,8 +222,8 @@ class AsyncClient:
         transport: "httpx.AsyncBaseTransport | None" = None,
     ):
         httpx, self.patience = _httpx(), patience or Patience()
-        self.url, headers = _address(url, key, plain_http)
-        self._http = httpx.AsyncClient(base_url=self.url, headers=headers, timeout=self.patience.timeout, transport=transport)
+        self.url, settings = _address(url, key, plain_http)
+        self._http = httpx.AsyncClient(timeout=self.patience.timeout, transport=transport, **settings)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.url!r})"
@@ -355,24 +355,30 @@ def _seconds(retry_after: str | None) -> float:
     return float(retry_after) if retry_after is not None and retry_after.isdecimal() and len(retry_after) < 7 else 0.0
 
 
-def _address(url: str, key: str | None, plain_http: bool) -> tuple[str, dict[str, str]]:
-    """The address and the headers of every request."""
+def _address(url: str, key: str | None, plain_http: bool) -> tuple[str, dict[str, Any]]:
+    """The address, and the settings of httpx for it.
+
+    What is for this machine and not encrypted goes through no proxy of the environment: that would read the key, and look for
+    "this machine" on its own.
+    """
     parts = urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.hostname or parts.username or parts.query or parts.fragment:
         raise DataError(
             "the url is no address of a service; expected 'http://127.0.0.1:8000' or 'https://host', without a password"
         )
+    address, local = url.rstrip("/"), parts.scheme == "http" and parts.hostname in LOOPBACK
+    settings: dict[str, Any] = {"base_url": address, "trust_env": not local}
     key = key or os.environ.get("PALATE_KEY") or None
     if key is None:
-        return url.rstrip("/"), {}
+        return address, settings
     if not key.isascii() or not key.isprintable() or " " in key:
         raise DataError("the key holds characters that no key has; expected palate_ and 43 characters")
-    if parts.scheme == "http" and parts.hostname not in LOOPBACK and not plain_http:
+    if parts.scheme == "http" and not local and not plain_http:
         raise DataError(
             f"the key would go to {parts.hostname} without TLS, where anybody on the way can read it; use https://, or "
             "plain_http=True on a network of your own"
         )
-    return url.rstrip("/"), {"Authorization": f"Bearer {key}"}
+    return address, settings | {"headers": {"Authorization": f"Bearer {key}"}}
 
 
 def _httpx() -> Any:

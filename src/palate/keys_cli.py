@@ -64,7 +64,7 @@ def list_(
     """Every key with what it may do, the revoked ones too; never the key itself."""
     from palate.store import open_store
 
-    with open_store(store) as opened:
+    with open_store(store, make=False) as opened:
         found = opened.keys.list(tenant)
     if not found:
         terminal.note("there are no keys; make one with palate keys add")
@@ -79,7 +79,7 @@ def revoke(store: Store, key: Annotated[int, typer.Argument(help="Its number in 
     """End a key for good. A running service refuses it within seconds."""
     from palate.store import open_store
 
-    with open_store(store) as opened:
+    with open_store(store, make=False) as opened:
         if not opened.keys.revoke(key):
             raise DataError(f"there is no key {key}; palate keys list shows those there are")
     terminal.note(f"key {key} is revoked")

@@ -85,11 +85,12 @@ def serve(
             folder = Path(until.enter_context(tempfile.TemporaryDirectory(prefix="palate-demo-"))) if demo else Path()
             store = str(folder / "profiles.db")
         profiles = until.enter_context(open_store(store))
-        keys = any(key.revoked is None for key in profiles.keys.list())
+        keys = bool(profiles.keys.list())  # revoked ones too: taking the last one away does not open the door
         check_address(host, keys=keys)
         seconds = None if half_life is None else 86400 * half_life
-        scheme = "http" if tls_cert is None else "https"
-        lanes = _demo(f"{scheme}://{host}:{port}") if demo or model is None else []
+        scheme, shown = "http" if tls_cert is None else "https", f"[{host}]" if ":" in host else host
+        address = f"{scheme}://{shown}:{port}"
+        lanes = _demo(address) if demo or model is None else []
         if model is not None:
             lanes = _loaded([model, *(previous or ())], sample, seconds, flip_rate)
         for lane in lanes:
@@ -106,7 +107,7 @@ def serve(
         if not keys:
             terminal.note("no API keys: everybody on this machine may ask everything; make keys with `palate keys add`")
         names = ", ".join(lane.name for lane in lanes)
-        terminal.note(f"{scheme}://{host}:{port} serves {names}; profiles are in {profiles.name}")
+        terminal.note(f"{address} serves {names}; profiles are in {profiles.name}")
         run(app, host=host, port=port, certificate=tls_cert, key=tls_key)
 
 

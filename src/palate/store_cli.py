@@ -18,7 +18,7 @@ def export(user: User, store: Store, tenant: Tenant = "default") -> None:
     """Everything that the store has of a user, as JSON on standard output."""
     from palate.store import open_store
 
-    with open_store(store) as opened:
+    with open_store(store, make=False) as opened:
         found = opened.export(tenant, user)
     if found is None:
         raise UnknownUserError(f"there is no user {user!r} of tenant {tenant!r} in this store")
@@ -32,7 +32,7 @@ def forget(user: User, store: Store, tenant: Tenant = "default") -> None:
     """
     from palate.store import open_store
 
-    with open_store(store) as opened:
+    with open_store(store, make=False) as opened:
         found = opened.delete(tenant, user)
         due = opened.unscrubbed()
     if not found.found:
@@ -52,6 +52,6 @@ def prune(
     """Forget feedback that is older than a limit of retention, and the profiles that were learned with it."""
     from palate.store import open_store
 
-    with open_store(store) as opened:
+    with open_store(store, make=False) as opened:
         found = opened.prune(time.time() - seconds(older, "--older-than"), idle=idle)
     terminal.note(f"{found.events} events of {found.users} users are forgotten, and {found.deleted} users whole")

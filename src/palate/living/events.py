@@ -18,7 +18,7 @@ Every kind becomes terms of one likelihood, the multinomial logit (`terms.Terms`
 import math
 from collections.abc import Callable, Iterator, Mapping
 from itertools import combinations
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, Union
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, TypeVar, Union
 
 from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError, model_validator
 
@@ -30,7 +30,10 @@ from palate.living.reading import MAX_STEPS, Level, Reading
 from palate.living.terms import Floats, Rewards, Terms
 
 if TYPE_CHECKING:
+    from palate.living.draft import Draft
     from palate.living.profile import LiveProfile
+
+L = TypeVar("L", "LiveProfile", "Draft")
 
 MAX_RANKED = 32  # responses of one ranking
 MAX_TIED = 4  # responses in one place of it: all their orders are averaged over, 2^4 terms
@@ -89,7 +92,7 @@ class Picked(Said):
             yield Part(tuple(range(depth)), tuple(target), share, tuple(bias[:depth].tolist()))
 
 
-Place = Words | Annotated[tuple[Words, ...], BeforeValidator(listed), Field(min_length=1, max_length=MAX_TIED)]
+Place = Words | Annotated[tuple[Words, ...], Field(min_length=1, max_length=MAX_TIED), BeforeValidator(listed)]
 
 
 class Ranked(Said):
@@ -99,7 +102,7 @@ class Ranked(Said):
         {"kind": "ranking", "prompt": "Lunch?", "places": ["Soup.", ["Rice.", "Toast."]], "rest": ["Crisps.", "Nothing."]},
     )
     kind: Literal["ranking"] = "ranking"
-    places: Annotated[tuple[Place, ...], BeforeValidator(listed), Field(min_length=1, max_length=MAX_RANKED)]
+    places: Annotated[tuple[Place, ...], Field(min_length=1, max_length=MAX_RANKED), BeforeValidator(listed)]
     rest: Several = ()
 
     @model_validator(mode="after")
@@ -325,15 +328,15 @@ def check_time(event: Event, now: float) -> None:
 
 
 def apply(
-    live: "LiveProfile",
+    live: L,
     event: Feedback,
     rewards_of: Callable[[Prompt, tuple[str, ...]], Rewards],
     reading: Reading,
     *,
     event_id: str | None = None,
     at: float | None = None,
-) -> "LiveProfile":
-    """The profile after an event: learned from it, without the one it takes back, or with that one replaced.
+) -> L:
+    """The profile (or its draft) after an event: learned from it, without the one it takes back, or with that one replaced.
 
     Args:
         rewards_of: (prompt, distinct texts) to their rewards under the model of `live`; not asked where there is no evidence.

@@ -67,7 +67,7 @@ class Strict(BaseModel):
 class Turn(Strict):
     """One turn of a conversation."""
 
-    role: Annotated[str, Field(min_length=1, max_length=64), AfterValidator(_text)]
+    role: Annotated[str, Field(min_length=1, max_length=64, json_schema_extra={"pattern": r"^[^\x00]*$"}), AfterValidator(_text)]
     content: Asked
 
 

@@ -6,7 +6,7 @@ of it that does not depend on the person is a sum over responses, permutations o
 """
 
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal, TypeVar
 
 import numpy as np
 from pydantic import Field
@@ -22,6 +22,11 @@ from palate.living.sums import Sums, pursuit
 from palate.living.terms import Floats, Ints, Terms
 from palate.models.base import RewardModel
 from palate.naming import FEW, LEAST, LEVEL, NO_DIFFERENCE, WORDS, worded
+
+if TYPE_CHECKING:
+    from palate.living.draft import Draft
+
+L = TypeVar("L", LiveProfile, "Draft")
 
 SOFT = 0.1  # how firmly an axis is held where the person set it, in standard deviations of people along it
 NARROW = 1e-6  # of the widest axis: people do not differ along one that is narrower
@@ -262,15 +267,16 @@ class Explainer:
         level = edit.to - self.sums.offset[place] / np.sqrt(self.sums.n_texts)
         return Terms.empty(len(pull))._replace(pulls=pull[None], level=np.array([level]), std=np.array([edit.softness * people]))
 
-    def edited(self, live: LiveProfile, edit: AxisEdit) -> LiveProfile:
-        """The profile with the edit as an event, in the place of an earlier one of the same axis; `undo(edit.name)` ends it.
+    def edited(self, live: L, edit: AxisEdit) -> L:
+        """The profile (or its draft) with the edit as an event, in the place of an earlier one of the same axis;
+        `undo(edit.name)` ends it.
 
         Raises `DataError` where the event of that name is no edit, but something that was said.
         """
         said = self.terms(edit)
         if edit.name in live.event_ids:
-            place = live.history.place(edit.name)
-            if live.history.n_terms[place] or not live.history.n_pulls[place]:
+            n_terms, n_pulls = live.brought(edit.name)
+            if n_terms or not n_pulls:
                 raise DataError(
                     f"event {edit.name!r} came already and is no edit of an axis, which it would replace; "
                     "expected an edit with an event_id of its own"

@@ -5,6 +5,7 @@ nothing can be taken out of them again; the rows of a user's choices are a few t
 """
 
 import itertools
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Self
 
@@ -59,31 +60,26 @@ class History:
         none = np.zeros(0, dtype=np.int64)
         return cls((), np.zeros(0), none, none, none, Rows.of(Terms.empty(n_weights)), 0)
 
+    @classmethod
+    def joined(cls, parts: "Sequence[History]", count: int) -> Self:
+        """The events of all parts, whose names have to differ, one part's after another's."""
+        ids = tuple(itertools.chain.from_iterable(part.ids for part in parts))
+        columns = zip(*((part.at, part.n_terms, part.n_pulls, part.n_choices) for part in parts), strict=True)
+        at, n_terms, n_pulls, n_choices = (np.concatenate(column) for column in columns)
+        return cls(ids, at, n_terms, n_pulls, n_choices, Rows.concat([part.rows for part in parts]), count)
+
     def place(self, event_id: str) -> int:
         """Where an event stands. Raises `DataError` for one that is not here."""
         try:
             return self.ids.index(event_id)
         except ValueError:
-            raise DataError(
-                f"no event {event_id!r} among the {len(self.ids)} of this user (the last are {list(self.ids[-3:])}); "
-                "expected one that came and was not taken back"
-            ) from None
-
-    def named(self, event_id: str | None) -> str:
-        """The name of the next event. Raises `DataError` for one that is taken: the same choice must not count twice."""
-        if event_id is None:
-            return next(name for number in itertools.count(self.count) if (name := f"event-{number}") not in self.ids)
-        if event_id in self.ids:
-            raise DataError(
-                f"event {event_id!r} came already; expected a new id, or correct({event_id!r}, ...) to replace what it said"
-            )
-        return event_id
+            raise absent(event_id, self.ids) from None
 
     def appended(self, rows: Rows, n_choices: int, event_id: str | None, at: float | None) -> "History":
         """With one more event at the end."""
         return History(
-            (*self.ids, self.named(event_id)),
-            np.append(self.at, _time(at)),
+            (*self.ids, named(event_id, self.ids, self.count)),
+            np.append(self.at, time_of(at)),
             np.append(self.n_terms, rows.n_terms),
             np.append(self.n_pulls, len(rows.level)),
             np.append(self.n_choices, n_choices),
@@ -114,7 +110,7 @@ class History:
         i = self.place(event_id)
         before, after = np.arange(len(self.ids)) < i, np.arange(len(self.ids)) > i
         times, terms, pulls, choices = self.at.copy(), self.n_terms.copy(), self.n_pulls.copy(), self.n_choices.copy()
-        times[i] = times[i] if at is None else _time(at)
+        times[i] = times[i] if at is None else time_of(at)
         terms[i], pulls[i], choices[i] = rows.n_terms, len(rows.level), n_choices
         joined = Rows.concat([self._rows(before), rows, self._rows(after)])
         return History(self.ids, times, terms, pulls, choices, joined, self.count)
@@ -182,7 +178,27 @@ class History:
         return np.asarray(np.exp2(-age))
 
 
-def _time(at: float | None) -> float:
+def named(event_id: str | None, ids: Collection[str], count: int) -> str:
+    """The name of the next event. Raises `DataError` for one that is taken: the same choice must not count twice."""
+    if event_id is None:
+        return next(name for number in itertools.count(count) if (name := f"event-{number}") not in ids)
+    if event_id in ids:
+        raise DataError(
+            f"event {event_id!r} came already; expected a new id, or correct({event_id!r}, ...) to replace what it said"
+        )
+    return event_id
+
+
+def absent(event_id: str, ids: Sequence[str]) -> DataError:
+    """What to say of an event that is not here."""
+    return DataError(
+        f"no event {event_id!r} among the {len(ids)} of this user (the last are {list(ids[-3:])}); "
+        "expected one that came and was not taken back"
+    )
+
+
+def time_of(at: float | None) -> float:
+    """Unix seconds, NaN where there are none. Raises `DataError` for a time that is not finite."""
     if at is None:
         return NO_TIME
     if not np.isfinite(at):

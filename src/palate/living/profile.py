@@ -142,6 +142,11 @@ class LiveProfile:
         """Names of the events that are in, in the order in which they came."""
         return self.history.ids
 
+    def brought(self, event_id: str) -> tuple[int, int]:
+        """How many terms and how many pulls the event brought. Raises `DataError` for one that is not here."""
+        place = self.history.place(event_id)
+        return int(self.history.n_terms[place]), int(self.history.n_pulls[place])
+
     @property
     def terms(self) -> Terms:
         """Everything that is in, as terms."""

@@ -3,18 +3,20 @@
 import asyncio
 import time
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import Annotated
 
 from fastapi import APIRouter, FastAPI, Request, Response, Security
+from starlette.types import Receive, Scope, Send
 
-from palate.errors import PalateError
+from palate.errors import PalateError, StoreError
 from palate.server import foreign, knowing, own, parsing, problems
 from palate.server.access import Access, Caller, KeyRing, needs
 from palate.server.bodies import Health, ReadaptAnswer, ReadaptRequest, Readiness
 from palate.server.guarding import Bodies, Guard, Limits
 from palate.server.observing import Log, Metrics, Observing
 from palate.server.parsing import taken, takes
+from palate.server.people import People
 from palate.server.problems import Problem, documented
 from palate.server.readapting import Readapter
 from palate.server.runtime import RefusedError, Runtime, UnknownModelError, UnlearnedError
@@ -61,17 +63,24 @@ def create_app(
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         if readapt:
             readapter.start(runtime.lanes[0])
+        recalling = asyncio.create_task(_recalling(runtime.people))
         yield
+        recalling.cancel()
         await readapter.stop()
         await runtime.close()
 
+    async def routed(scope: Scope, receive: Receive, send: Send) -> None:
+        await app.router(scope, receive, send)
+
     app = FastAPI(
+        routes=list(own.direct(runtime, routed)),
         title="Palate",
         version=__version__,
         summary="Reward models with personal taste, as a service.",
         lifespan=lifespan,
         openapi_tags=TAGS,
         redoc_url=None,
+        redirect_slashes=False,  # no answer that the schema does not know, and no address made from a header
         separate_input_output_schemas=False,
     )
     app.include_router(own.router(runtime))
@@ -87,6 +96,14 @@ def create_app(
     app.add_middleware(Guard, limits=limits, tls=tls, local_only=keys is None if local_only is None else local_only)
     app.add_middleware(Observing, metrics=metrics, log=log)
     return app
+
+
+async def _recalling(people: People) -> None:
+    """See to it that who was deleted by another process is in no cache for longer than that is fresh."""
+    while True:
+        with suppress(StoreError):  # asked again in time
+            await people.recall()
+        await asyncio.sleep(max(1.0, people.fresh))
 
 
 async def _answered(request: Request, error: Exception) -> Response:

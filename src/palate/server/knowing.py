@@ -110,16 +110,23 @@ def router(runtime: Runtime) -> APIRouter:
 def chosen(life: LiveProfile, found: Sequence[Rewards], rule: str, n: int, seed: int) -> tuple[list[Question], bool]:
     """The `n` best pairs of any entry of the pool, and whether every entry's best candidate is settled.
 
+    A pair between which nobody's weights decide (one text given twice) is not asked: its answer would tell nothing.
+
     Raises `DataError` for a model without weights, or a rule that needs a covariance under a method that has none.
     """
     pools, rows = zip(*(pairs_among(rewards) for rewards in found), strict=True)
     whole = Pool(torch.cat([pool.slopes for pool in pools]), torch.cat([pool.offset for pool in pools]))
     if not whole.n_weights:
         raise DataError("this model has no personal weights, so there is nothing to ask; serve a model that has")
-    how: AnyRule = Targeted(whole) if rule == "targeted" else RULES[rule]()
     first = np.cumsum([0, *(len(pairs) for pairs in rows)])
+    telling = whole.slopes.any(dim=1).nonzero()[:, 0].tolist()
+    best: list[int] = []
+    if telling:
+        asked = Pool(whole.slopes[telling], whole.offset[telling])
+        how: AnyRule = Targeted(asked) if rule == "targeted" else RULES[rule]()
+        best = [telling[row] for row in next_questions(life, asked, how, n, seed=seed)]
     out = []
-    for place in next_questions(life, whole, how, n, seed=seed):
+    for place in best:
         entry = int(np.searchsorted(first, place, side="right")) - 1
         a, b = rows[entry][place - first[entry]].tolist()
         out.append(Question(entry=entry, first=a, second=b))

@@ -5,18 +5,20 @@ axis of style that somebody turned down in their explanation is an event of that
 """
 
 import asyncio
-from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
+from typing import NamedTuple, TypeVar
 
 from pydantic import ValidationError
 
 from palate.data.pairs import Prompt
 from palate.errors import DataError
+from palate.living.draft import Draft
 from palate.living.events import Copied, Correction, Feedback, Rated, Regenerated, Thumbed, Undo, apply, parse_feedback
 from palate.living.explain import AxisEdit
 from palate.living.profile import LiveProfile
 from palate.living.terms import Rewards
 from palate.server.lanes import Lane
+from palate.store.records import Logged
 
 
 class Said(NamedTuple):
@@ -33,8 +35,10 @@ class Said(NamedTuple):
 
 
 AXIS = "axis"  # kind of an edit in the log
+AT_ONCE = 128  # texts of a log that are asked for at once: few enough to leave room in the encoder's queue
 
 Asked = tuple[Prompt, tuple[str, ...]]
+L = TypeVar("L", LiveProfile, Draft)
 
 
 def read(payload: str, kind: str) -> Feedback | AxisEdit:
@@ -68,9 +72,27 @@ def reads_level(event: Feedback | AxisEdit) -> bool:
 
 async def rewards(lane: Lane, events: Iterable[Said]) -> dict[Asked, Rewards]:
     """What `learned` needs of the encoder. Raises as `Batcher.rows`."""
-    wanted = asked(events)
-    found = await asyncio.gather(*(lane.rewards(prompt, texts) for prompt, texts in wanted))
-    return dict(zip(wanted, found, strict=True))
+    out: dict[Asked, Rewards] = {}
+    for place, some in enumerate(_portions(asked(events))):
+        if place:
+            await asyncio.sleep(0)  # texts that were seen before come without a wait: others have their turn too
+        found = await asyncio.gather(*(lane.rewards(prompt, texts) for prompt, texts in some))
+        out |= zip(some, found, strict=True)
+    return out
+
+
+def _portions(wanted: Sequence[Asked]) -> Iterator[list[Asked]]:
+    """Runs of `wanted` of at least `AT_ONCE` texts, or what is left."""
+    portion: list[Asked] = []
+    n = 0
+    for one in wanted:
+        portion.append(one)
+        n += len(one[1])
+        if n >= AT_ONCE:
+            yield portion
+            portion, n = [], 0
+    if portion:
+        yield portion
 
 
 def learned(
@@ -85,21 +107,58 @@ def learned(
 
     Raises:
         DataError: an event that cannot be: it takes back what is not there, reuses an id, or needs what the model lacks.
+    Cost: one solve, however many events.
     """
+    if len(events) == 1:  # a draft goes through all that is there first
+        return _after(life, events[0], found, lane, cut)
+    draft = Draft(life)
+    _take(draft, events, found, lane, cut)
+    return draft.solved()
+
+
+async def from_log(user_id: str, log: Callable[[int], Awaitable[Sequence[Logged]]], lane: Lane) -> tuple[LiveProfile, int]:
+    """The profile of a whole log under `lane`, and the number of its last event; 0 where all of it is older than is kept.
+
+    Args:
+        log: the next events after one of this number, none after the last.
+
+    Raises: as `learned` and `Batcher.rows`, and `DataError` for an event that no version of Palate wrote.
+    Cost: about .2 ms an event, one solve, both in a thread, and the encoder for texts that were not seen lately.
+    """
+    draft, seq, cut = Draft(lane.population.start(user_id)), 0, False
+    while page := await log(seq):
+        said = await asyncio.to_thread(_said, page)
+        cut = cut or (not seq and page[0].seq > 1)
+        found = await rewards(lane, said)
+        await asyncio.to_thread(_take, draft, said, found, lane, cut)
+        seq = page[-1].seq
+    return await asyncio.to_thread(draft.solved), seq
+
+
+def _said(page: Sequence[Logged]) -> list[Said]:
+    return [Said(one.event_id, read(one.payload, one.kind), one.at) for one in page]
+
+
+def _take(draft: Draft, events: Sequence[Said], found: dict[Asked, Rewards], lane: Lane, cut: bool) -> None:
     for said in events:
-        if not lane.has_level and reads_level(said.event):
-            raise DataError(
-                f"a {said.event.kind} is read against an ordinary response, and none is known here; start the server with "
-                "--sample ROWS, or send choices"
-            )
-        of = said.event.of if isinstance(said.event, Undo | Correction) else None
-        if cut and of is not None and of not in life.event_ids:
-            if isinstance(said.event, Correction):
-                inner = said.event.event
-                life = apply(life, inner, lambda *texts: found[texts], lane.reading, event_id=of, at=inner.at or said.at)
-        elif isinstance(said.event, AxisEdit):
-            dated = said.event if said.event.at is not None else said.event.model_copy(update={"at": said.at})
-            life = lane.explains().edited(life, dated)
-        else:
-            life = apply(life, said.event, lambda *texts: found[texts], lane.reading, event_id=said.event_id, at=said.at)
-    return life
+        _after(draft, said, found, lane, cut)
+
+
+def _after(profile: L, said: Said, found: dict[Asked, Rewards], lane: Lane, cut: bool) -> L:
+    """The profile (or its draft) after one event."""
+    if not lane.has_level and reads_level(said.event):
+        raise DataError(
+            f"a {said.event.kind} is read against an ordinary response, and none is known here; start the server with "
+            "--sample ROWS, or send choices"
+        )
+    of = said.event.of if isinstance(said.event, Undo | Correction) else None
+    if cut and of is not None and of not in profile.event_ids:
+        if isinstance(said.event, Correction):
+            inner = said.event.event
+            at = inner.at or said.at
+            return apply(profile, inner, lambda *texts: found[texts], lane.reading, event_id=of, at=at)
+        return profile
+    if isinstance(said.event, AxisEdit):
+        dated = said.event if said.event.at is not None else said.event.model_copy(update={"at": said.at})
+        return lane.explains().edited(profile, dated)
+    return apply(profile, said.event, lambda *texts: found[texts], lane.reading, event_id=said.event_id, at=said.at)

@@ -15,7 +15,6 @@ import time
 from collections.abc import Callable
 from typing import Any, TextIO
 
-import numpy as np
 import structlog
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.gc_collector import GCCollector
@@ -31,8 +30,9 @@ QUIET = frozenset({"/health", "/ready", "/metrics"})  # asked every few seconds 
 SECONDS = (0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.015, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 TEXTS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 
-_CHANCE = np.random.default_rng()  # of request ids, which are no secret: asking the system for each costs as much as a ranking
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+_UNQUOTED = re.compile(r"[^\n'\"(<{:%]*")  # the beginning of a line of another library, before it quotes anything
+OTHERS = ("asyncio", "concurrent.futures", "psycopg", "sqlalchemy")  # loggers that may tell of our requests
 
 
 class Metrics:
@@ -188,7 +188,7 @@ def _request_id(scope: Scope) -> str:
             asked = value.decode("latin-1")
             if _REQUEST_ID.fullmatch(asked):
                 return str(asked)
-    return _CHANCE.bytes(16).hex()
+    return secrets.token_hex(16)
 
 
 def _template(scope: Scope) -> str:
@@ -197,11 +197,18 @@ def _template(scope: Scope) -> str:
 
 
 class JsonLine(logging.Formatter):
-    """Records of other libraries' loggers as lines like our own: their words, which are fixed, and of an error its kind only."""
+    """Records of other libraries' loggers as lines like our own: their words, which are fixed, and of an error its kind only.
+
+    uvicorn's words are kept whole. The others' are cut where they begin to quote: asyncio has the whole of an error in its line.
+    """
 
     def format(self, record: logging.LogRecord) -> str:
         stamp = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
-        facts: dict[str, Any] = {"event": str(record.msg) if record.exc_info else record.getMessage(), "logger": record.name}
+        served = record.name.partition(".")[0] == "uvicorn"
+        words = record.getMessage() if served and not record.exc_info else str(record.msg)
+        if not served and (found := _UNQUOTED.match(words)):
+            words = found[0].strip(" :")
+        facts: dict[str, Any] = {"event": words, "logger": record.name}
         if record.exc_info and record.exc_info[1] is not None:
             facts |= Failure.of(record.exc_info[1]).facts()
         facts |= {"level": record.levelname.lower(), "timestamp": f"{stamp}.{int(record.msecs):03d}Z"}
@@ -209,7 +216,8 @@ class JsonLine(logging.Formatter):
 
 
 def uvicorn_logging() -> dict[str, Any]:
-    """`log_config` of uvicorn: its own lines as JSON, and no access log, which would hold paths and with them user ids."""
+    """`log_config` of uvicorn: its own lines as JSON, those of `OTHERS` too, which would else go to standard error with the words
+    of errors, and no access log, which would hold paths and with them user ids."""
     return {
         "version": 1,
         "disable_existing_loggers": False,
@@ -219,5 +227,6 @@ def uvicorn_logging() -> dict[str, Any]:
             "uvicorn": {"handlers": ["stderr"], "level": "INFO", "propagate": False},
             "uvicorn.error": {"level": "INFO"},
             "uvicorn.access": {"handlers": [], "level": "CRITICAL", "propagate": False},
+            **{name: {"handlers": ["stderr"], "level": "WARNING", "propagate": False} for name in OTHERS},
         },
     }

@@ -5,6 +5,7 @@ from typing import Annotated, Any
 
 import numpy as np
 from fastapi import APIRouter, Query, Response, Security
+from starlette.types import ASGIApp
 
 from palate.errors import DataError, PalateError
 from palate.living.consent import Consent
@@ -34,6 +35,7 @@ from palate.server.bodies import (
     UserSummary,
     prompt_of,
 )
+from palate.server.direct import Answer, Asked, Direct
 from palate.server.parsing import Key, User, taken, takes
 from palate.server.people import Person, Who
 from palate.server.problems import Problem, documented, of_error
@@ -147,11 +149,9 @@ def router(runtime: Runtime) -> APIRouter:
         body: Annotated[Any, taken(FeedbackBody, "FeedbackBody")],
         idempotency_key: Key = None,
     ) -> FeedbackAnswer:
-        events = body.events if isinstance(body, FeedbackBatch) else [body]
-        done = await runtime.feedback((caller.tenant, user_id), events, idempotency_key)
-        if done.before:
-            response.headers["Idempotent-Replayed"] = "true"
-        return FeedbackAnswer(user_id=user_id, version=done.version, event_ids=list(done.event_ids))
+        answer, headers = await taught(runtime, (caller.tenant, user_id), body, idempotency_key)
+        response.headers.update(headers)
+        return answer
 
     @out.post(
         "/feedback",
@@ -244,6 +244,21 @@ def router(runtime: Runtime) -> APIRouter:
     return out
 
 
+def direct(runtime: Runtime, rest: ASGIApp) -> list[Direct]:
+    """Rankings and feedback without the framework's machinery; `rest` answers what is not plain."""
+
+    async def rank(asked: Asked) -> Answer:
+        return Answer(await ranked(runtime, asked.who, asked.body), {})
+
+    async def feedback(asked: Asked) -> Answer:
+        return Answer(*await taught(runtime, asked.who, asked.body, asked.key))
+
+    return [
+        Direct("/v1/users/{user_id}/rank", "rank", RankRequest, rank, rest),
+        Direct("/v1/users/{user_id}/feedback", "feedback", FeedbackBody, feedback, rest, name="FeedbackBody"),
+    ]
+
+
 def problem_of(error: PalateError) -> Problem:
     """The problem that an error of the runtime is."""
     if isinstance(error, RefusedError):
@@ -268,6 +283,14 @@ async def ranked(runtime: Runtime, who: Who, body: RankRequest) -> RankAnswer:
         version=person.version,
         results=[RankedCandidate(index=i, reward=values[i], candidate=None if texts is None else texts[i]) for i in order],
     )
+
+
+async def taught(runtime: Runtime, who: Who, body: Any, key: str | None) -> tuple[FeedbackAnswer, dict[str, str]]:
+    """What to say of feedback that is kept and learned from, with the headers of the answer."""
+    events = body.events if isinstance(body, FeedbackBatch) else [body]
+    done = await runtime.feedback(who, events, key)
+    headers = {"Idempotent-Replayed": "true"} if done.before else {}
+    return FeedbackAnswer(user_id=who[1], version=done.version, event_ids=list(done.event_ids)), headers
 
 
 async def believed(runtime: Runtime, who: Who, body: ScoreRequest) -> tuple[Person, Any]:

@@ -42,13 +42,20 @@ Behalf = Annotated[
 _bodies: dict[str, TypeAdapter[Any]] = {}  # every body that a route takes, by its name in the schema
 
 
+def reader(model: Any, name: str | None = None) -> TypeAdapter[Any]:
+    """What reads a body as `model`, which the schema then describes; `name` is what it calls a model that is no class."""
+    name = name or model.__name__
+    if name not in _bodies:
+        _bodies[name] = TypeAdapter(model)
+    return _bodies[name]
+
+
 def taken(model: Any, name: str | None = None) -> Any:
-    """The dependency that gives a body as `model`; `name` is what the schema calls a model that is no class.
+    """The dependency that gives a body as `reader(model, name)` reads it.
 
     The dependency raises `Problem`: 400 for what is not JSON, 422 with every flaw for what does not fit.
     """
-    adapter: TypeAdapter[Any] = TypeAdapter(model)
-    _bodies[name or model.__name__] = adapter
+    adapter = reader(model, name)
 
     async def dependency(request: Request) -> Any:
         body = await request.body()

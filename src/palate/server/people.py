@@ -70,6 +70,10 @@ class Recent(Generic[V]):
         if len(self._values) > self.capacity:
             self._values.popitem(last=False)
 
+    def clear(self) -> None:
+        """Forget everything."""
+        self._values.clear()
+
     def drop(self, key: Hashable) -> None:
         """Forget a value, if it is there."""
         self._values.pop(key, None)
@@ -89,6 +93,7 @@ class People:
 
     Attributes:
         on_look: told of every look-up whether the user's weights were at hand.
+        deleted: users whom this process has deleted, each of whom was forgotten here at once.
     """
 
     def __init__(
@@ -109,6 +114,8 @@ class People:
         self._clock = clock
         self.on_look: Callable[[bool], object] = bool
         self._ages = any(lane.population.forgetting.seconds is not None for lane in lanes)
+        self.deleted = 0
+        self._elsewhere: int | None = None
         self._epoch = 0  # changes when somebody is forgotten, so that a read under way does not bring them back
 
     async def call(self, function: Callable[..., T], *arguments: object) -> T:
@@ -141,8 +148,7 @@ class People:
         if held is not None and self._clock() - held.read < self.fresh:
             return self.person_of(held) if held.lives or not held.last else None
         epoch = self._epoch
-        # Handing a read of a SQLite file to a thread and back costs more than the read, and a log being written blocks no reader.
-        found = self._weighed(who) if self.store.local else await self.call(self._weighed, who)
+        found = await self.call(self._weighed, who)  # in a thread, a file too: a disk that is slow would stall everybody
         if found is not None and self._is_news(who, epoch, found.read):
             self._persons.put(who, found)
         return found
@@ -181,6 +187,15 @@ class People:
         self._epoch += 1
         self._helds.drop(who)
         self._persons.drop(who)
+
+    async def recall(self) -> None:
+        """Hold nothing any more where another process has deleted something since this was called last: it may be of them."""
+        elsewhere = await self.call(self.store.deletions) - self.deleted
+        if self._elsewhere not in (None, elsewhere):
+            self._epoch += 1
+            self._helds.clear()
+            self._persons.clear()
+        self._elsewhere = elsewhere
 
     def close(self) -> None:
         """End the threads."""

@@ -47,7 +47,7 @@ KINDS: Mapping[int, Kind] = {
     ),
     413: Kind("Content Too Large", "too_large", "The body is too large."),
     414: Kind("URI Too Long", "too_long", "The path or the query is too long."),
-    415: Kind("Unsupported Media Type", "media_type", "The body is not application/json."),
+    415: Kind("Unsupported Media Type", "media_type", "The body is not application/json, or it is compressed."),
     422: Kind("Unprocessable Content", "invalid", "It can be read, and it is not what is expected; `errors` says where."),
     429: Kind("Too Many Requests", "too_many", "Too many requests; `Retry-After` says how long to wait."),
     431: Kind("Request Header Fields Too Large", "headers_too_large", "The headers are too large."),
@@ -207,11 +207,18 @@ def invalid(error: RequestValidationError | ValidationError) -> Problem:
     if any(fault["type"] == "json_invalid" for fault in found):
         why = str(found[0].get("ctx", {}).get("error", "it cannot be read"))
         return Problem(400, f"the body is no JSON: {why}", code="bad_json")
-    faults = [(_place(fault["loc"]), str(fault["msg"])) for fault in found[:MOST_ERRORS]]
+    faults = [(_place(fault["loc"]), _reason(fault)) for fault in found[:MOST_ERRORS]]
     first = f"{faults[0][0]}: {faults[0][1]}" if faults else "it does not fit the schema"
     more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
     meant = all(fault["type"] == "value_error" for fault in found)  # by a validator of ours: of the right shape, and no sense
     return Problem(422, f"{first}{more}", code="bad_data" if meant else "invalid", errors=faults)
+
+
+def _reason(fault: Mapping[str, Any]) -> str:
+    """pydantic's words, but for the one of its reasons that repeats what was sent, whole."""
+    if fault["type"] == "union_tag_invalid":
+        return f"{fault['ctx']['discriminator']} is none of {fault['ctx']['expected_tags']}"
+    return str(fault["msg"])
 
 
 def _place(parts: Sequence[int | str]) -> str:
@@ -223,6 +230,15 @@ def request_id(scope: Mapping[str, Any]) -> str | None:
     """The id of a request, where `Observing` has given it one."""
     found = scope.get("state", {}).get("request_id")
     return found if isinstance(found, str) else None
+
+
+def _say_no_nul(schema: dict[str, Any]) -> None:
+    """Have the document say of every text in a query what `guarding.Guard` refuses, so that no valid request is refused."""
+    operations = [operation for path in schema["paths"].values() for operation in path.values()]
+    for parameter in (one for operation in operations for one in operation.get("parameters", ()) if one["in"] == "query"):
+        for shape in (parameter["schema"], *parameter["schema"].get("anyOf", ())):
+            if shape.get("type") == "string":
+                shape.setdefault("pattern", r"^[^\x00]*$")
 
 
 def install(app: FastAPI) -> None:
@@ -263,6 +279,7 @@ def install(app: FastAPI) -> None:
             shapes = ProblemBody.model_json_schema(ref_template="#/components/schemas/{model}")
             known = schema.setdefault("components", {}).setdefault("schemas", {})
             known |= shapes.pop("$defs") | {"ProblemBody": shapes}
+            _say_no_nul(schema)
             whole.append(schema)
         return whole[0]
 

@@ -9,10 +9,12 @@ from dataclasses import dataclass
 
 from palate.errors import PalateError, StoreError
 from palate.server.lanes import Lane
-from palate.server.runtime import Runtime
+from palate.server.problems import Failure, of_error
+from palate.server.runtime import Runtime, UnlearnedError
 
 PAGE = 200  # users that the store is asked for at a time
 PAUSE = 0.05  # seconds that a waiting request is given before the next user
+MOST_PAUSES = 20  # for one user: an encoder that is never idle shall not keep everybody from being learned
 RETRY = 5.0  # seconds after which a store that failed is asked again
 ROUNDS = 3  # walks over the users: those whom feedback made stale meanwhile, and those who failed, are tried again
 
@@ -66,18 +68,29 @@ class Readapter:
             try:
                 page = await people.call(people.store.stale, lane.fingerprint, after, PAGE)
             except StoreError as error:
-                progress.reason = str(error)
+                progress.reason = why(error)
                 await asyncio.sleep(RETRY)
                 continue
             if not page:
                 return met
             for who in page:
                 met += 1
-                while len(lane.batcher):
+                for _ in range(MOST_PAUSES):
+                    if not len(lane.batcher):
+                        break
                     await asyncio.sleep(PAUSE)
                 try:
                     await self.runtime.relearned(who, lane)
                     progress.done += 1
-                except PalateError as error:
-                    progress.failed, progress.reason = progress.failed + 1, str(error)
+                except Exception as error:  # an encoder may raise anything: one user's text shall not end the others' turn
+                    progress.failed, progress.reason = progress.failed + 1, why(error)
             after = page[-1]
+
+
+def why(error: Exception) -> str:
+    """What may be told of a failure to whoever asked for the run, who is of one tenant: no text, and no address of a store."""
+    if isinstance(error, UnlearnedError):
+        return str(error)
+    if isinstance(error, PalateError):
+        return str(of_error(error).detail)
+    return f"the service failed with {Failure.of(error).kind}"

@@ -3,6 +3,7 @@
 import gc
 import ipaddress
 import signal
+import ssl
 import sys
 from contextlib import suppress
 from pathlib import Path
@@ -41,12 +42,20 @@ def check_address(host: str, *, keys: bool) -> None:
 
 
 def check_tls(certificate: Path | None, key: Path | None) -> None:
-    """Refuse half of what TLS needs. Raises `DataError`."""
+    """Refuse half of what TLS needs, and files that are not it. Raises `DataError`."""
     if (certificate is None) != (key is None):
         raise DataError("--tls-cert and --tls-key belong together; give both, or neither behind a proxy that speaks TLS")
     for name, path in (("--tls-cert", certificate), ("--tls-key", key)):
         if path is not None and not path.is_file():
             raise DataError(f"{name} is {path}, which is no file; expected one in PEM format")
+    if certificate is not None and key is not None:
+        try:
+            ssl.create_default_context(ssl.Purpose.CLIENT_AUTH).load_cert_chain(certificate, key, password="")
+        except (ssl.SSLError, ValueError) as error:
+            raise DataError(
+                f"{certificate} and {key} are no certificate and its key ({error}); expected PEM, the key of this certificate and "
+                "without a password"
+            ) from error
 
 
 def run(
@@ -60,6 +69,8 @@ def run(
     """Serve until SIGTERM or SIGINT: no new connections, requests under way are answered, writes end, then it returns."""
     import uvicorn
 
+    from palate.server.heads import Heads
+
     sys.setswitchinterval(SWITCH)
     gc.collect()
     gc.freeze()  # the model and the modules stay: no collection need walk them
@@ -71,7 +82,7 @@ def run(
         ssl_certfile=certificate,
         ssl_keyfile=key,
         loop="uvloop" if sys.platform != "win32" else "asyncio",
-        http="httptools",
+        http=Heads,
         ws="none",
         lifespan="on",
         access_log=False,

@@ -25,7 +25,7 @@ from palate.living.explain import AxisEdit
 from palate.living.profile import LiveProfile
 from palate.living.terms import Rewards
 from palate.server.lanes import Lane
-from palate.server.learning import Said, learned, read, rewards
+from palate.server.learning import Said, from_log, learned, rewards
 from palate.server.people import Held, People, Person, Who
 from palate.store.committing import Committer
 from palate.store.database import ProfileStore
@@ -97,6 +97,7 @@ class Runtime:
         self.on_event: Callable[[str], object] = len
         self._scrubbing, self._deletions, self._overwritten = asyncio.Lock(), 0, 0
         self._tasks: set[asyncio.Task[bool]] = set()
+        self._relearning: dict[tuple[Who, str], asyncio.Task[Held]] = {}
         self._turns: WeakValueDictionary[Who, asyncio.Lock] = WeakValueDictionary()
 
     @property
@@ -116,7 +117,10 @@ class Runtime:
         return lane
 
     async def close(self) -> None:
-        """Finish what was begun: encoder calls, then writes."""
+        """Finish what was begun: encoder calls, then writes. Whoever is being learned again is begun again another time."""
+        for learning in list(self._relearning.values()):
+            learning.cancel()
+        await asyncio.gather(*self._relearning.values(), return_exceptions=True)
         for lane in self.lanes:
             await lane.batcher.close()
         await asyncio.gather(*self._tasks)
@@ -190,6 +194,7 @@ class Runtime:
         said = [_said(event, now) for event in events]
         logged = tuple(Event(one.event_id, one.event.kind, one.payload, one.at) for one in said)
         ids = tuple(one.event.name if isinstance(one.event, AxisEdit) else one.event_id for one in said)
+        await self._learned_once(who)
         async with self._turn(who):
             for attempt in range(ATTEMPTS):
                 held = await self.people.held(who, reread=attempt > 0)
@@ -215,14 +220,24 @@ class Runtime:
                 self.on_conflict()
         raise StoreBusyError(f"{ATTEMPTS} times somebody else wrote first for this user; try again in a moment")
 
-    async def _lives_after(self, held: Held, who: Who, said: Sequence[Said]) -> tuple[Held, dict[str, LiveProfile]]:
-        """The profiles with the events in them, under every lane that is up to date (one at least, which sees to it that the
-        events can be learned from); none where the store will refuse anyway."""
+    def _consented(self, held: Held) -> None:
         try:
             consent.require_consent(consent_of(held.consent), text_version=self.text_version)
         except consent.ConsentError as error:
             raise RefusedError(str(error), "consent") from None
+
+    async def _learned_once(self, who: Who) -> None:
+        """Have somebody whom no model has learned learned, before their turn: whoever gives up waiting would end it there."""
+        held = await self.people.held(who)
         if held.last and not held.lives:
+            self._consented(held)
+            await self.relearned(who, self.lanes[0])
+
+    async def _lives_after(self, held: Held, who: Who, said: Sequence[Said]) -> tuple[Held, dict[str, LiveProfile]]:
+        """The profiles with the events in them, under every lane that is up to date (one at least, which sees to it that the
+        events can be learned from); none where the store will refuse anyway."""
+        self._consented(held)
+        if held.last and not held.lives:  # another process took away what `_learned_once` saw to
             held = await self._relearned(who, self.lanes[0])
         lives = {}
         for lane in self.lanes:
@@ -266,10 +281,20 @@ class Runtime:
     async def relearned(self, who: Who, lane: Lane) -> Held:
         """Learn a user under `lane` from the whole log, and keep it; does nothing where that is done already.
 
+        Whoever gives up waiting does not end it: it goes on and is kept, and whoever asks next waits for the same.
+
         Raises:
             UnlearnedError: an event that means nothing under this model (an axis that it does not know, say).
-        Cost: one update for each event, in a thread, and the encoder for texts that were not seen lately.
+        Cost: as `from_log`.
         """
+        key = who, lane.fingerprint
+        task = self._relearning.get(key)
+        if task is None:
+            task = self._relearning[key] = asyncio.get_running_loop().create_task(self._relearned_in_turn(who, lane))
+            task.add_done_callback(lambda _: self._relearning.pop(key))
+        return await asyncio.shield(task)
+
+    async def _relearned_in_turn(self, who: Who, lane: Lane) -> Held:
         async with self._turn(who):
             return await self._relearned(who, lane)
 
@@ -278,17 +303,13 @@ class Runtime:
             held = await self.people.held(who, reread=True)
             if lane.fingerprint in held.lives or not held.last:
                 return held
-            life, seq, cut = lane.population.start(who[1]), 0, False
-            while page := await self.people.call(self.store.events, *who, seq, PAGE):
-                said = [Said(one.event_id, read(one.payload, one.kind), one.at) for one in page]
-                cut = cut or (not seq and page[0].seq > 1)
-                try:
-                    life = await asyncio.to_thread(partial(learned, cut=cut), life, said, await rewards(lane, said), lane)
-                except DataError as error:
-                    raise UnlearnedError(f"what this user said cannot be learned under model {lane.name!r}: {error}") from error
-                seq = page[-1].seq
+            try:
+                life, seq = await from_log(who[1], lambda seq: self.people.call(self.store.events, *who, seq, PAGE), lane)
+            except DataError as error:
+                raise UnlearnedError(f"what this user said cannot be learned under model {lane.name!r}: {error}") from error
             if seq in (0, held.last):  # 0: all of it is older than is kept
-                write = Write(*who, expected=held.version, states={lane.fingerprint: life.to_bytes()})
+                state = await asyncio.to_thread(life.to_bytes)
+                write = Write(*who, expected=held.version, states={lane.fingerprint: state})
                 outcome = await self._written(who, write)
                 if isinstance(outcome, Written):
                     lives = {**held.lives, lane.fingerprint: life}
@@ -323,6 +344,7 @@ class Runtime:
         if not done.found:
             raise unknown()
         self._deletions += 1
+        self.people.deleted += 1
         task = asyncio.get_running_loop().create_task(self._scrubbed(self._deletions))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)

@@ -57,13 +57,15 @@ __all__ = [
 ]
 
 
-def open_store(url: str, *, patience: float = 10.0, connections: int = 16, key_life: float = 86400.0) -> "ProfileStore":
+def open_store(
+    url: str, *, patience: float = 10.0, connections: int = 16, key_life: float = 86400.0, make: bool = True
+) -> "ProfileStore":
     """The store at `url`: a path of a SQLite file, which is made if need be, or `postgresql+psycopg://user@host/database`.
 
     Args: as for `palate.store.database.ProfileStore`.
 
     Raises:
-        DataError: a URL of no store, or one in memory.
+        DataError: a URL of no store, or one in memory; with `make=False`, a file that is not there.
         StoreError: it cannot be opened (`StoreDownError`, `StoreReadOnlyError`, `StoreCorruptError`), or is of a newer Palate.
         MissingExtraError: a package of the extra `serve`, or `postgres`, is not installed.
     """
@@ -73,4 +75,4 @@ def open_store(url: str, *, patience: float = 10.0, connections: int = 16, key_l
         if (error.name or "").split(".")[0] != "sqlalchemy":
             raise
         raise MissingExtraError("a store of profiles needs sqlalchemy; run: pip install 'palate[serve]'") from error
-    return ProfileStore(url, patience=patience, connections=connections, key_life=key_life)
+    return ProfileStore(url, patience=patience, connections=connections, key_life=key_life, make=make)

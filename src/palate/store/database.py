@@ -72,25 +72,24 @@ class ProfileStore:
         patience: seconds to wait for a lock or a slow statement before `StoreBusyError`.
         connections: at most so many at once in this process.
         key_life: seconds for which an idempotency key is remembered.
+        make: whether to make a SQLite file that is not there.
 
     Attributes:
         keys: the API keys of the service, as hashes.
         models: the models that profiles are learned with, side by side.
-        local: whether it is a file of SQLite, which one reads without a wait.
 
     Raises:
-        DataError: a URL of no store, or one in memory.
+        DataError: a URL of no store, or one in memory; a file that is not there and is not to be made.
         StoreError: it cannot be opened (`StoreDownError`, `StoreReadOnlyError`, `StoreCorruptError`), or is of a newer Palate.
         MissingExtraError: PostgreSQL without psycopg.
     """
 
-    def __init__(self, url: str, *, patience: float = 10.0, connections: int = 16, key_life: float = 86400.0):
+    def __init__(self, url: str, *, patience: float = 10.0, connections: int = 16, key_life: float = 86400.0, make: bool = True):
         if not (patience > 0 and connections > 0 and key_life >= 0):
             raise DataError(f"patience is {patience}, connections {connections}, key_life {key_life}; expected more than 0")
-        self._database = Database(url, patience=patience, connections=connections)
+        self._database = Database(url, patience=patience, connections=connections, make=make)
         self.name, self.key_life = self._database.name, key_life
         self.keys, self.models = Keys(self._database), Models(self._database)
-        self.local = self._database.engine.dialect.name == "sqlite"
 
     def __repr__(self) -> str:
         return f"ProfileStore({self.name!r})"
@@ -188,6 +187,10 @@ class ProfileStore:
         """
         if self.unscrubbed():
             forgetting.scrub(self._database)
+
+    def deletions(self) -> int:
+        """How many deletions there ever were, of users and by retention, by any process; a number that only grows."""
+        return forgetting.deletions(self._database)
 
     def unscrubbed(self) -> int:
         """How many deletions were not yet followed by a `scrub`."""

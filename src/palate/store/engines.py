@@ -39,16 +39,17 @@ def parsed(url: str) -> URL:
     return found.set(drivername=name)
 
 
-def connect(url: URL, *, patience: float, connections: int) -> Engine:
+def connect(url: URL, *, patience: float, connections: int, make: bool = True) -> Engine:
     """An engine whose commits are on the disk when they return.
 
     Args:
         patience: seconds to wait for a lock, a connection or a statement before `StoreBusyError`.
         connections: at most so many at once.
+        make: whether to make a SQLite file that is not there; else a `DataError` says so.
     """
     shared: dict[str, Any] = {"hide_parameters": True, "pool_timeout": patience, "max_overflow": 0, "pool_size": connections}
     if url.drivername == SQLITE:
-        _make_private(url)
+        _make_private(url, make)
         engine = create_engine(url, connect_args={"timeout": patience}, **shared)
         event.listen(engine, "connect", _set_up_sqlite)
         event.listen(engine, "begin", _begin_sqlite)
@@ -66,7 +67,7 @@ def connect(url: URL, *, patience: float, connections: int) -> Engine:
         raise MissingExtraError("a store in PostgreSQL needs psycopg; run: pip install 'palate[postgres]'") from error
 
 
-def _make_private(url: URL) -> None:
+def _make_private(url: URL, make: bool) -> None:
     """Make the file, for its owner alone: SQLite gives its two companions the same rights."""
     name = str(url.database)
     if name.startswith("file:"):
@@ -74,6 +75,8 @@ def _make_private(url: URL) -> None:
     path = Path(name)
     if not path.parent.is_dir():
         raise DataError(f"there is no folder {path.parent} for the store {path.name}; make it first")
+    if not make and not path.exists():
+        raise DataError(f"there is no store {path}; expected the file that `palate serve --store` keeps profiles in")
     try:
         os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
     except OSError as error:

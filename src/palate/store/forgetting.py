@@ -41,6 +41,11 @@ def _raise_floor(connection: Any, version: int) -> None:
     connection.execute(ONE_MORE)
 
 
+def deletions(database: Database) -> int:
+    """How many deletions there ever were."""
+    return _counted(database)[0]
+
+
 def unscrubbed(database: Database) -> int:
     """How many deletions still wait for their bytes to be overwritten."""
     deletions, scrubbed = _counted(database)

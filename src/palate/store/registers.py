@@ -9,7 +9,7 @@ from sqlalchemy import Row, delete, select, update
 from sqlalchemy.dialects import postgresql, sqlite
 
 from palate.errors import DataError
-from palate.store.records import ApiKey, Model, check_name
+from palate.store.records import MOST, ApiKey, Model, check_name
 from palate.store.sessions import Database
 from palate.store.tables import ONE_MORE, keys, models, states
 
@@ -50,6 +50,8 @@ class Keys:
 
     def revoke(self, id: int) -> bool:
         """End a key now, for good; False where there is none with this number. The first revocation's time stays."""
+        if not 0 < id < MOST:
+            return False
         with self._database.writing("revoking a key") as connection:
             found = connection.execute(select(keys.c.revoked).where(keys.c.id == id)).first()
             if found is not None and found.revoked is None:

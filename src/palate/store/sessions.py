@@ -22,11 +22,11 @@ class Database:
         is_file: SQLite, which has one writer at a time and files of its own.
     """
 
-    def __init__(self, url: str, *, patience: float, connections: int):
+    def __init__(self, url: str, *, patience: float, connections: int, make: bool = True):
         found = parsed(url)
         self.name, self.patience, self.is_file = found.render_as_string(hide_password=True), patience, found.drivername == SQLITE
         self.path = found.database
-        self.engine = connect(found, patience=patience, connections=connections)
+        self.engine = connect(found, patience=patience, connections=connections, make=make)
         self._lock = threading.Lock()  # threads queue here for SQLite's one place, where waiting costs nothing
         try:
             self._open()
