@@ -53,8 +53,8 @@ def check_tls(certificate: Path | None, key: Path | None) -> None:
             ssl.create_default_context(ssl.Purpose.CLIENT_AUTH).load_cert_chain(certificate, key, password="")
         except (ssl.SSLError, ValueError) as error:
             raise DataError(
-                f"{certificate} and {key} are no certificate and its key ({error}); expected PEM, the key of this certificate and "
-                "without a password"
+                f"{certificate} and {key} are no certificate and its key ({error}); expected PEM, the key of this certificate "
+                "and without a password"
             ) from error
 
 
