@@ -472,6 +472,28 @@ def test_somebody_deleted_elsewhere_is_not_remembered(url: str) -> None:
     run(work())
 
 
+def test_a_slow_disk_holds_up_the_loop_once_a_minute_at_most(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    now, disk, readers = [0.0], [0.001], []
+
+    def read(tenant: str, user_id: str) -> None:
+        now[0] += disk[0]
+        readers.append(threading.current_thread() is threading.main_thread())
+
+    async def work(people: People) -> None:
+        for number, took in enumerate((0.001, 0.5, 0.5, 0.001)):
+            disk[0] = took
+            await people.person((ADA[0], f"user {number}"))
+        now[0] += 60
+        await people.person((ADA[0], "somebody"))
+
+    with open_store(url) as store:
+        monkeypatch.setattr(store, "read", read)
+        people = People([lane_of()], store, clock=lambda: now[0])
+        run(work(people))
+        people.close()
+    assert readers == [True, True, False, False, True]
+
+
 def test_of_somebody_deleted_elsewhere_nothing_is_held_whoever_asks(url: str) -> None:
     async def work() -> None:
         with open_store(url) as store:

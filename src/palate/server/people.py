@@ -6,6 +6,7 @@ is never based on an old profile, because the store refuses a write from an old 
 """
 
 import asyncio
+import math
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping, Sequence
@@ -24,6 +25,9 @@ from palate.store.records import Consent
 V = TypeVar("V")
 T = TypeVar("T")
 Who = tuple[str, str]  # tenant, user id
+
+SLOW = 0.02  # seconds of a read of a file, which should take half a millisecond, that say that its disk is not quick
+CAUTIOUS = 60.0  # seconds for which files are then read by threads
 
 
 class Person(NamedTuple):
@@ -116,6 +120,7 @@ class People:
         self._ages = any(lane.population.forgetting.seconds is not None for lane in lanes)
         self.deleted = 0
         self._elsewhere: int | None = None
+        self._threads_until = -math.inf
         self._epoch = 0  # changes when somebody is forgotten, so that a read under way does not bring them back
 
     async def call(self, function: Callable[..., T], *arguments: object) -> T:
@@ -148,9 +153,24 @@ class People:
         if held is not None and self._clock() - held.read < self.fresh:
             return self.person_of(held) if held.lives or not held.last else None
         epoch = self._epoch
-        found = await self.call(self._weighed, who)  # in a thread, a file too: a disk that is slow would stall everybody
+        found = await self._looked(who)
         if found is not None and self._is_news(who, epoch, found.read):
             self._persons.put(who, found)
+        return found
+
+    async def _looked(self, who: Who) -> Person | None:
+        """`_weighed`, on the loop itself where the store is a file and its disk is quick.
+
+        Handing a read of SQLite to a thread and back costs more than the read, and under load the wait for the interpreter's lock
+        makes several times of the slowest ranks. A log being written blocks no reader, but a disk may: after one slow read the
+        reads of a minute go to threads, so that it holds up everybody once a minute at most.
+        """
+        began = self._clock()
+        if began < self._threads_until or not self.store.is_file:
+            return await self.call(self._weighed, who)
+        found = self._weighed(who)
+        if self._clock() - began > SLOW:
+            self._threads_until = self._clock() + CAUTIOUS
         return found
 
     def now(self) -> float:

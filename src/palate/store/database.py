@@ -77,6 +77,7 @@ class ProfileStore:
     Attributes:
         keys: the API keys of the service, as hashes.
         models: the models that profiles are learned with, side by side.
+        is_file: whether it is a file of SQLite, and not a server.
 
     Raises:
         DataError: a URL of no store, or one in memory; a file that is not there and is not to be made.
@@ -88,7 +89,7 @@ class ProfileStore:
         if not (patience > 0 and connections > 0 and key_life >= 0):
             raise DataError(f"patience is {patience}, connections {connections}, key_life {key_life}; expected more than 0")
         self._database = Database(url, patience=patience, connections=connections, make=make)
-        self.name, self.key_life = self._database.name, key_life
+        self.name, self.key_life, self.is_file = self._database.name, key_life, self._database.is_file
         self.keys, self.models = Keys(self._database), Models(self._database)
 
     def __repr__(self) -> str:
