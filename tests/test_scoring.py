@@ -1,5 +1,7 @@
 """`Scorer`: texts in, one person's rewards out, and nothing mixed up."""
 
+import math
+
 import pytest
 import torch
 
@@ -88,6 +90,24 @@ def test_std_is_that_of_the_weights(scorer: Scorer, profile: Profile) -> None:
     assert (unknown > std).all()  # choices have taught something
 
 
+def test_a_preference_is_what_the_model_states_of_the_margin(pairs: PairSet, style: palate.Encoder, scorer: Scorer) -> None:
+    data, profiles = style.embed(pairs), adapt(scorer.model, style.embed(pairs))
+    options = scorer.model.options()
+    surer = Scorer(style, scorer.model.like(dict(scorer.model.state_dict()), **options, calibration=2.5))
+    again = adapt(surer.model, data)
+    mean, variance = margin_moments(scorer.model, data, profiles)
+    for row in (0, 57, 133):
+        a, b = pairs.texts[pairs.chosen[row]], pairs.texts[pairs.rejected[row]]
+        damped = float(mean[row]) / math.sqrt(1 + math.pi / 8 * float(variance[row]))
+        for scale, use, known in ((1, scorer, profiles), (2.5, surer, again)):
+            given = a.prompt, a.response, b.response
+            found = use.preference(*given, known[pairs.users[row]])
+            assert found == pytest.approx(1 / (1 + math.exp(-scale * damped)), abs=1e-4)
+            assert use.preference(a.prompt, b.response, a.response, known[pairs.users[row]]) == pytest.approx(1 - found)
+            assert use.preference(*given) == pytest.approx(use.preference(*given, no_pairs(use.model, ["x"])["x"]))
+    assert scorer.preference(PROMPT, "The same.", "The same.", profiles["user07"]) == 0.5
+
+
 def test_rank_is_sorted_stable_and_in_the_shape_of_a_cross_encoder(scorer: Scorer, profile: Profile) -> None:
     rewards = scorer.score(PROMPT, TEXTS, profile).tolist()
     ranked = scorer.rank(PROMPT, TEXTS, profile)
@@ -114,6 +134,7 @@ def test_models_without_weights_or_without_uncertainty(pairs: PairSet, style: pa
     reward, std = crowd.score_with_std(PROMPT, TEXTS)
     assert std.tolist() == [0.0] * 4
     assert reward.tolist() == crowd.score(PROMPT, TEXTS).tolist()
+    assert crowd.preference(PROMPT, *TEXTS[:2]) == pytest.approx(float(torch.sigmoid(reward[0] - reward[1])))
     simplex = palate.fit(data, LoRe(2))
     mine = adapt(simplex, data)["user07"]
     with pytest.raises(DataError, match="LoRe has no uncertainty"):

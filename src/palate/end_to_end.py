@@ -168,7 +168,7 @@ class _Judge:
         fitted = fit(data[self.kept], self.model, seed=self.seed)
         asked = data[self.query]
         mean, variance = margin_moments(fitted, asked, adapt(fitted, data[self.support]))
-        loss = likelihood.nll(likelihood.damped(mean, variance), asked.tie)
+        loss = likelihood.nll(fitted.stated(mean, variance), asked.tie)
         return crowd.user_means(loss[:, None], asked)[:, 0].cpu()
 
 

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from palate.adaptation import Profile, check_profiles
+from palate.adaptation import Profile, check_profiles, no_pairs
 from palate.data.pairs import Prompt, Text
 from palate.encoders import Encoder
 from palate.errors import DataError, MismatchError
@@ -75,6 +75,28 @@ class Scorer:
             raise DataError(f"{type(self.model).__name__} has no uncertainty of its weights; use score, or a method with a prior")
         variance = torch.einsum("ni,ij,nj->n", slopes, covariance.to(slopes), slopes)
         return reward, variance.clamp(min=0).sqrt()[place]
+
+    @torch.no_grad()
+    def preference(self, prompt: Prompt, first: str, second: str, profile: Profile | None = None) -> float:
+        """The probability that the user of `profile` prefers `first` to `second`; without a profile, that somebody unknown does.
+
+        sigma(a m / sqrt(1 + pi v / 8)), m and v the mean and variance of the margin and a the model's `calibration`
+        (`RewardModel.stated`): what is not known of the user brings it towards 1/2. Where the method has no uncertainty, v is 0.
+
+        Raises:
+            DataError, MismatchError: as `score`.
+        Cost: one encoding of the two; after it, K^2 multiplications.
+        """
+        features, place = self._features(prompt, [first, second])
+        reward = self.model.score(features, self._weights(profile, features))[place]
+        margin, variance = reward[0] - reward[1], torch.zeros_like(reward[0])
+        if profile is None:
+            profile = no_pairs(self.model, ("",))[""]
+        if profile.covariance is not None and self.model.linear and len(profile.mean):
+            slopes = self.model.design(features)[1][place]
+            away = slopes[0] - slopes[1]
+            variance = (away @ profile.covariance.to(away) @ away).clamp(min=0)
+        return float(torch.sigmoid(self.model.stated(margin, variance)))
 
     def rank(
         self,

@@ -45,9 +45,9 @@ def evaluate(
     """How well a fitted model predicts each user's choices in `test`, after learning from their choices in `support`.
 
     Per user, over `test`: `accuracy` of the strict pairs (a predicted tie counts half); `log_loss` in nats of the probability
-    sigma(mean / sqrt(1 + pi variance / 8)), so that what the posterior does not know counts (`likelihood.expected_probability`),
-    a labelled tie counting half each way; `auc` with every strict pair in both orientations. Pairs count equally. Users without
-    a strict test pair have no row and are counted in `cells`.
+    sigma(a mean / sqrt(1 + pi variance / 8)), so that what the posterior does not know counts (`RewardModel.stated`), a labelled
+    tie counting half each way; `auc` with every strict pair in both orientations. Pairs count equally. Users without a strict
+    test pair have no row and are counted in `cells`.
 
     Args:
         model: a fitted model.
@@ -86,7 +86,7 @@ def evaluated(
     if profiles is None:
         profiles = _adapted(model, support, test.user_ids, labels)
     adapt_seconds = time.perf_counter() - began
-    margin = moderated(*margin_moments(model, test, profiles))
+    margin = model.calibration * moderated(*margin_moments(model, test, profiles))
     found = user_metrics(margin, test.tie, test.user_index, len(test.user_ids))
     kept = np.flatnonzero(found.n_test > 0)
     if not len(kept):

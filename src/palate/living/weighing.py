@@ -64,8 +64,8 @@ def learn_trust(
     """Choose the multiplier of each weak kind by the log loss of later choices.
 
     Of each person the later half of their choices between two is held out; everything that they did before the first of these
-    makes a profile, under each multiplier in turn, and the loss is that of `likelihood.damped` margins. One kind after the other,
-    the most frequent first. A multiplier replaces the one in `reading` only where it is better by more than one standard error of
+    makes a profile, under each multiplier in turn, and the loss is that of the log-odds that the model states. One kind after the
+    other, the most frequent first. A multiplier replaces the one in `reading` only where it is better by more than one standard error of
     the difference over people: where the data do not say, nothing changes.
 
     Args:
@@ -126,5 +126,5 @@ def _loss(
     margin, variance = person.offset + person.slopes @ live.mean, np.zeros(len(person.offset))
     if live.covariance is not None:
         variance = np.einsum("ni,ij,nj->n", person.slopes, live.covariance, person.slopes).clip(min=0)
-    damped = likelihood.damped(torch.from_numpy(margin), torch.from_numpy(variance))
-    return float(likelihood.nll(damped, torch.from_numpy(person.tie)).mean())
+    stated = population.model.stated(torch.from_numpy(margin), torch.from_numpy(variance))
+    return float(likelihood.nll(stated, torch.from_numpy(person.tie)).mean())

@@ -148,7 +148,7 @@ class AttributePrior(Hierarchical):
                 numbers |= {"effect": effect, "rest": rest}
                 numbers |= {"centre": centre.to(effect), "size": size.to(effect)}
         kept = [list(column) for column in columns] if chosen else []
-        out = self.like(numbers, columns=kept)
+        out = self.like(numbers, columns=kept, base=found.options())
         out.record["selection"] = record | {"effect": chosen}
         progress(1.0, "attributes")
         return out, None

@@ -16,6 +16,7 @@ from typing import Any, ClassVar, Protocol, Self, runtime_checkable
 import torch
 from torch import Tensor, nn
 
+from palate import likelihood
 from palate.data.embeddings import Embeddings, as_embeddings
 from palate.errors import DataError, MismatchError, ModelFileError
 from palate.models import files, hub
@@ -44,6 +45,7 @@ class RewardModel(nn.Module):
         linear: whether the reward is linear in the weights, so that a pair is its slopes and an offset (`design`).
         reads_prompts: whether the reward depends on e(prompt) beside e(prompt, response) (`under`).
         inference: how choices become weights.
+        calibration: what stated log-odds are multiplied by (`stated`); 1 unless `fit` found another on held-out users.
         prior: population of users' weights, or None where the method has none.
         encoder: fingerprint of the encoder whose embeddings it was fitted on, None if unknown.
         record: how it came about (data fingerprint, seed, selection curve ...): JSON-able, saved with the model.
@@ -52,6 +54,7 @@ class RewardModel(nn.Module):
     linear: ClassVar[bool] = True
     reads_prompts: bool = False
     inference: Inference
+    calibration: float = 1.0
 
     def __init__(self) -> None:
         super().__init__()
@@ -112,6 +115,14 @@ class RewardModel(nn.Module):
         """(N, F), (N, K) or (K,) -> (N,): the reward in natural log-odds (differences of it are margins). O(N K)."""
         offset, slopes = self.design(features)
         return offset + (slopes * weights).sum(-1)
+
+    def stated(self, mean: Tensor, variance: Tensor) -> Tensor:
+        """The log-odds that say how probable a choice is whose margin has this posterior mean and variance, of any one shape.
+
+        a mean / sqrt(1 + pi variance / 8), `likelihood.damped` times a = `calibration` (temperature scaling with 1 / a: Guo et
+        al. 2017). It never changes the sign of a margin.
+        """
+        return self.calibration * likelihood.damped(mean, variance)
 
     def forward(self, embeddings: Tensor | Embeddings, weights: Tensor | None = None) -> Tensor:
         """The reward of every row of `embeddings` for one user's weights (K,), or the crowd's where None."""

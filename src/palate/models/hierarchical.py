@@ -18,7 +18,7 @@ from torch import Tensor
 from palate.data.embeddings import Dense, Differences, Embeddings
 from palate.data.pairs import EmbeddedPairs
 from palate.errors import DataError
-from palate.models import crowd
+from palate.models import crowd, stating
 from palate.models.base import Inference, Newton, RewardModel
 from palate.models.selection import BLENDS, CROWD, KAPPAS, ROUNDS, Candidate, Crowds, Selection
 from palate.models.subspace import Design
@@ -48,6 +48,8 @@ class Hierarchical(RewardModel):
         sharpness: of a blend, by how much its margins are wider than those by which a user's weights are solved (`Sharpened`): a
             number that is fitted. A likelihood with margins as wide as those of people who never err tells types that agree on
             most pairs apart no longer; one that tells them apart best is far too unsure.
+        calibration: what stated log-odds are multiplied by (`models.stating.calibration`): a number that is fitted, on held-out
+            users. Weights and rankings do not depend on it.
     """
 
     direction: Tensor
@@ -69,6 +71,7 @@ class Hierarchical(RewardModel):
         prior_variance: float = 4.0,
         blend: bool | None = None,
         sharpness: float = 1.0,
+        calibration: float = 1.0,
     ):
         super().__init__()
         if n_bases < 0 or bend < 0:
@@ -80,7 +83,9 @@ class Hierarchical(RewardModel):
         self.n_bases, self.bend, self.types, self.kappa, self.prior_variance = n_bases, bend, tuple(types), kappa, prior_variance
         if not 1 <= sharpness < float("inf"):
             raise DataError(f"sharpness is {sharpness}; expected a finite number of at least 1")
-        self.blend, self.sharpness = blend, sharpness
+        if not 0 < calibration < float("inf"):
+            raise DataError(f"calibration is {calibration}; expected a finite number above 0")
+        self.blend, self.sharpness, self.calibration = blend, sharpness, calibration
         self.inference: Inference = Newton() if sharpness == 1 else Sharpened(sharpness)
         for name in ("direction", "phases", "amplitudes", "share"):
             self.register_buffer(name, torch.zeros(0))
@@ -97,6 +102,7 @@ class Hierarchical(RewardModel):
             "prior_variance": self.prior_variance,
             **({} if self.blend is None else {"blend": self.blend}),  # as models that were saved before there were blends
             **({} if self.sharpness == 1 else {"sharpness": self.sharpness}),
+            **({} if self.calibration == 1 else {"calibration": self.calibration}),
         }
 
     @property
@@ -178,17 +184,19 @@ class _Estimation:
                 numbers["direction"] = self.scale * bent.direction[: len(self.scale)]
                 numbers["frequencies"], numbers["phases"] = table.frequencies, table.phases
                 numbers["amplitudes"] = bent.direction[len(self.scale) :] * table.gain
-        numbers["bases"], sharpness = self.scale.new_zeros(len(self.scale), 0), 1.0
+        numbers["bases"], sharpness, calibration = self.scale.new_zeros(len(self.scale), 0), 1.0, 1.0
         if personal is not None and chosen != CROWD:
             self.progress(0.95, "how people differ")
             view, prior = personal.describe(chosen)
             numbers["bases"] = self.scale[:, None] * view.bases
             if chosen.blended:
-                sharpness = personal.sharpness(chosen)
+                sharpness = stating.sharpness(personal, chosen)
                 numbers["bases"] = sharpness * numbers["bases"] + (sharpness - 1) * numbers["direction"][:, None]
+            elif personal.folds and self.model.kappa is None:
+                calibration = stating.calibration(personal, chosen)
             numbers.update({"share": prior.share, "means": prior.means, "factors": prior.factors})
         blend = True if chosen.blended else False if self.model.blend is False else None
-        out = self.model.like(numbers, blend=blend, sharpness=sharpness)
+        out = self.model.like(numbers, blend=blend, sharpness=sharpness, calibration=calibration)
         out.record["selection"] = self.record
         self.progress(1.0, "done")
         return out

@@ -30,7 +30,6 @@ REFINEMENTS = (1e-4, 1e-3)  # ridge of the refined bases, the bolder one first
 WIDE = 128  # directions among which people's differences are looked for, however few are kept
 MIXED = 16  # most directions in which types are looked for
 BLENDS = (12, 24)  # types that a user may be a blend of
-SHARPNESS = (1.0, 2.0, 4.0, 8.0, 16.0)  # of a blend's margins
 FREE = 16384.0  # kappa under which types are found: any prior to speak of would draw the users' weights together
 KAPPAS = (0.003, 0.01, 0.03, 0.1, 0.25, 0.5, 1.0, 2.0, 4.0, 16.0, 64.0, 256.0, 1024.0, 4096.0)
 SHOTS = ((1, 1 / 6), (2, 1 / 6), (5, 1 / 6), (10**6, 1 / 2))  # choices, and what the loss after them counts
@@ -125,9 +124,9 @@ class Selection:
 
         A departure from it has to be better by more than two standard errors over users (fewer directions, and types of people,
         by one), because the best of many candidates flatters itself; of the kappas up to 1 the smallest within one error of the
-        best is taken; and the whole has to beat the crowd by two. Where no width of the prior beats the crowd by one there is
-        nothing to describe, and where none beats it by two the bases are not refined. Users are blends of types only where the
-        best kappa is above 1, by one error.
+        best is taken; and the whole has to beat the crowd by one, or a crowd that bends by two. Where no width of the prior
+        beats the crowd by one there is nothing to describe, and where none beats it by two the bases are not refined. Users are
+        blends of types only where the best kappa is above 1, by one error.
         """
         self.crowd_alone()
         for f in range(self.folds):
@@ -163,7 +162,8 @@ class Selection:
         if lowest.kappa <= 1:  # a spread that is surely wider than EM found needs no caution towards the crowd
             lowest = next(key for key in scaled if key.kappa >= lowest.kappa or self._near(key, lowest))
         best = lowest
-        if self._surely(best, CROWD) == CROWD:
+        # A crowd that bends was kept because no personal part did better than it: one around it has more to show.
+        if self._surely(best, CROWD, errors=2 if self.crowds.bent else 1) == CROWD:
             return CROWD
         mixed = [best._replace(types=number) for number in types]
         mixture = self._surely(self._try(mixed, best, lambda share: progress(0.8 + 0.1 * share)), best, errors=1)
@@ -197,14 +197,14 @@ class Selection:
             progress(f / self.folds)
             for key in [beside, *keys]:
                 if key not in self.losses or bool(torch.isnan(self.losses[key][self.fold == f]).all()):
-                    self._note(key, f, *self._estimated(key, f))
+                    self._note(key, f, *self.estimated(key, f))
         users = (self.fold >= 0) & (self.fold < folds)
         return min([beside, *keys], key=lambda key: float(torch.nanmean(self.losses[key][users])))
 
-    def _estimated(self, key: Candidate, fold: int) -> tuple[View, Prior]:
+    def estimated(self, key: Candidate, fold: int) -> tuple[View, Prior]:
         """The candidate on the fold's learning users, from the nearest simpler one, which is kept."""
         if (fold, key) not in self.known:
-            self.known[fold, key] = self._step(key, self.fold != fold, fold, lambda simpler: self._estimated(simpler, fold))
+            self.known[fold, key] = self._step(key, self.fold != fold, fold, lambda simpler: self.estimated(simpler, fold))
         return self.known[fold, key]
 
     def _step(
@@ -349,14 +349,14 @@ class Selection:
         """
         out = torch.zeros(int((self.fold == fold).sum()), device=view.slopes.device)
         for shots, counts in SHOTS:
-            parts = self._told(view, fold, prior, shots)
+            parts = self.told(view, fold, prior, shots)
             size = torch.cat([margin[asked > 0].abs() for _, margin, _, asked in parts]).median().clamp(min=1e-12) / 3
             for rows, margin, _, asked in parts:
                 # A user without query divides nothing by nothing and stays NaN.
                 out[rows] += counts * (likelihood.probability(-margin / size) * asked).sum(1) / asked.sum(1)
         return out.cpu()
 
-    def _told(self, view: View, fold: int, prior: Prior | None, shots: int, *, spread: bool = False) -> list[tuple[Tensor, ...]]:
+    def told(self, view: View, fold: int, prior: Prior | None, shots: int, *, spread: bool = False) -> list[tuple[Tensor, ...]]:
         """After so many choices, by parts of the fold's held-out users: which of them they are (U,), the mean and the variance (0
         unless asked for by `spread`) of all their margins (U, n), and what a pair counts: 0 where it is no query."""
         held = torch.nonzero(self.fold == fold)[:, 0].to(view.slopes.device)
@@ -376,21 +376,6 @@ class Selection:
                 variance = variance if found.covariance is None else (slopes @ found.covariance * slopes).sum(2).clamp(min=0)
             parts.append((rows, margin, variance, asked))
         return parts
-
-    def sharpness(self, key: Candidate) -> float:
-        """By how much to multiply the margins of a blend: the lowest log loss of held-out users, over all shots.
-
-        The size at which types are told apart best (`population.blend`) says nothing of how seldom people err. No choice is told
-        otherwise for it: the candidates were compared before.
-        """
-        losses = torch.zeros(len(SHARPNESS), dtype=torch.float64)
-        for f, (shots, counts) in itertools.product(range(self.folds), SHOTS):
-            view, prior = self._estimated(key, f)
-            for _, margin, variance, asked in self._told(view, f, prior, shots, spread=True):
-                for number, sharp in enumerate(SHARPNESS):
-                    stated = likelihood.damped(sharp * margin, sharp**2 * variance)
-                    losses[number] += counts * float((likelihood.nll(stated) * asked).sum())
-        return SHARPNESS[int(losses.argmin())]
 
     def curve(self) -> list[dict[str, Any]]:
         """Every candidate with its mean smoothed error and the number of users behind it: JSON-able."""

@@ -23,7 +23,7 @@ def evidence_of_unsure(
 ) -> dict[float, float]:
     """Mean log-likelihood of the next choice, in nats, when every "I can't say" before it counts as a tie of each of `weights`.
 
-    Every choice is predicted, with its uncertainty (`likelihood.damped`), from what the user said before it (prequential; Dawid
+    Every choice is predicted, with its uncertainty (`RewardModel.stated`), from what the user said before it (prequential; Dawid
     1984, J. R. Stat. Soc. A 147: 278-292). Not by leaving choices out: what was asked later was chosen because of them. People
     who cannot say because the two are close make a positive weight win, people who cannot read one of them make 0 win: then
     nothing was said, and a tie would be a claim.
@@ -62,7 +62,7 @@ def evidence_of_unsure(
             solved = model.inference.solve(before, model.prior, users)
             margin = now.margins(solved.mean)
             if solved.covariance is not None:
-                margin = likelihood.damped(margin, Pool(now.slopes, now.offset).spread(solved.covariance).clamp(min=0))
+                margin = model.stated(margin, Pool(now.slopes, now.offset).spread(solved.covariance).clamp(min=0))
             total[weight] -= float(likelihood.nll(margin)[:, 0][later[:, t]].double().sum())
     return {weight: value / int(later.sum()) for weight, value in total.items()}
 
