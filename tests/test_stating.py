@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import palate
+from palate.bench.protocols import attribute_choices
 from palate.data.planted import Planted, simplex_types, two_groups
 from palate.errors import DataError
 from palate.models.hierarchical import Hierarchical
@@ -48,6 +49,21 @@ def test_of_people_who_err_it_stays_unsure() -> None:
     assert 0.7 < model.calibration < 1.5
     plain = model.like(dict(model.state_dict()), calibration=1.0)
     assert log_loss(model, world)[0] < log_loss(plain, world)[0] + 0.002
+
+
+def test_ties_count_as_where_it_is_tested() -> None:
+    """A judge who contradicts herself is tied: of the strict answers alone it would be 2.4 times as sure as of all."""
+    data, parts = attribute_choices(0)
+    model = palate.fit(data[parts.train], palate.Hierarchical(bend=0, types=()))
+
+    def loss(scale: float) -> float:
+        stating = model.like(dict(model.state_dict()), calibration=scale)
+        rows = palate.evaluate(stating, data[parts.support], data[parts.test_unseen]).rows()
+        return float(np.mean([row["log_loss"] for row in rows]))
+
+    best = min(loss(scale) for scale in (0.7, 1.0, 1.4, 2.0, 2.8))
+    assert loss(model.calibration) < best + 0.005
+    assert loss(2.4) > best + 0.005
 
 
 def test_it_is_saved_and_a_folder_without_it_has_one(of_the_sure: Hierarchical, tmp_path: Path) -> None:

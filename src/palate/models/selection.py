@@ -59,6 +59,16 @@ class View:
     learn: list[Batch]
 
 
+class Told(NamedTuple):
+    """What is thought of all choices of some held-out users."""
+
+    rows: Tensor  # (U,) which users of the fold
+    margin: Tensor  # (U, n)
+    variance: Tensor  # (U, n)
+    asked: Tensor  # (U, n) what a pair counts: 0 where it is no query
+    tie: Tensor  # (U, n)
+
+
 @dataclass(frozen=True)
 class Crowds:
     """The crowd as each fold sees it; the last column is everybody's."""
@@ -350,20 +360,20 @@ class Selection:
         out = torch.zeros(int((self.fold == fold).sum()), device=view.slopes.device)
         for shots, counts in SHOTS:
             parts = self.told(view, fold, prior, shots)
-            size = torch.cat([margin[asked > 0].abs() for _, margin, _, asked in parts]).median().clamp(min=1e-12) / 3
-            for rows, margin, _, asked in parts:
+            parts = [part._replace(asked=part.asked * ~part.tie) for part in parts]
+            size = torch.cat([part.margin[part.asked > 0].abs() for part in parts]).median().clamp(min=1e-12) / 3
+            for rows, margin, _, asked, _ in parts:
                 # A user without query divides nothing by nothing and stays NaN.
                 out[rows] += counts * (likelihood.probability(-margin / size) * asked).sum(1) / asked.sum(1)
         return out.cpu()
 
-    def told(self, view: View, fold: int, prior: Prior | None, shots: int, *, spread: bool = False) -> list[tuple[Tensor, ...]]:
-        """After so many choices, by parts of the fold's held-out users: which of them they are (U,), the mean and the variance (0
-        unless asked for by `spread`) of all their margins (U, n), and what a pair counts: 0 where it is no query."""
+    def told(self, view: View, fold: int, prior: Prior | None, shots: int, *, spread: bool = False) -> list[Told]:
+        """The fold's held-out users after so many choices, by parts; the variances are 0 unless asked for by `spread`."""
         held = torch.nonzero(self.fold == fold)[:, 0].to(view.slopes.device)
-        parts: list[tuple[Tensor, ...]] = []
+        parts = []
         for rows in batches(self.data.grouped().counts[held], view.slopes.shape[1]):
             index, real = self.data.grouped().padded(held[rows])
-            asked = (self.query[index] & real & ~self.data.tie[index]) * self.data.weight[index]
+            asked = (self.query[index] & real) * self.data.weight[index]
             margin, variance = view.offset[index] * real, torch.zeros(())
             if prior is not None:
                 said = (self.place[index] < shots) & real
@@ -374,7 +384,7 @@ class Selection:
                 found = posterior(support, prior, tolerance=1e-3, covariance=spread)
                 margin = torch.baddbmm(margin[..., None], slopes, found.mean[..., None])[..., 0]
                 variance = variance if found.covariance is None else (slopes @ found.covariance * slopes).sum(2).clamp(min=0)
-            parts.append((rows, margin, variance, asked))
+            parts.append(Told(rows, margin, variance, asked, self.data.tie[index]))
         return parts
 
     def curve(self) -> list[dict[str, Any]]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from palate import likelihood
-from palate.models.selection import SHOTS, Candidate, Selection
+from palate.models.selection import SHOTS, Candidate, Selection, Told
 
 SHARPNESS = (1.0, 2.0, 4.0, 8.0, 16.0)  # of a blend's margins
 CALIBRATIONS = tuple(2 ** (power / 4) for power in range(-8, 33))  # of stated log-odds
@@ -24,10 +24,10 @@ def sharpness(selection: Selection, key: Candidate) -> float:
     The size at which types are told apart best (`population.blend`) says nothing of how seldom people err.
     """
     losses = torch.zeros(len(SHARPNESS), dtype=torch.float64)
-    for counts, _, margin, variance, asked in _predicted(selection, key):
+    for counts, _, told in _predicted(selection, key):
         for number, sharp in enumerate(SHARPNESS):
-            stated = likelihood.damped(sharp * margin, sharp**2 * variance)
-            losses[number] += counts * float((likelihood.nll(stated) * asked).sum())
+            stated = likelihood.damped(sharp * told.margin, sharp**2 * told.variance)
+            losses[number] += counts * float((likelihood.nll(stated, told.tie) * told.asked).sum())
     return SHARPNESS[int(losses.argmin())]
 
 
@@ -38,29 +38,27 @@ def calibration(selection: Selection, key: Candidate) -> float:
     (temperature scaling: Guo et al. 2017). The prior under which choices are told apart best is often wider than people are,
     and where people never err a hundred times wider; the Laplace approximation then says that next to nothing is known.
     """
-    users = len(selection.data.user_ids)
-    losses, all_asked = torch.zeros(len(CALIBRATIONS), users, dtype=torch.float64), torch.zeros(users, dtype=torch.float64)
-    for counts, who, margin, variance, asked in _predicted(selection, key):
-        all_asked[who] += counts * asked.sum(1).double().cpu()
-        stated = likelihood.damped(margin, variance)
+    n = len(selection.data.user_ids)
+    losses, all_asked = torch.zeros(len(CALIBRATIONS), n, dtype=torch.float64), torch.zeros(n, dtype=torch.float64)
+    for counts, who, told in _predicted(selection, key):
+        all_asked[who] += counts * told.asked.sum(1).double().cpu()
+        stated = likelihood.damped(told.margin, told.variance)
         for number, scale in enumerate(CALIBRATIONS):
-            losses[number, who] += counts * (likelihood.nll(scale * stated) * asked).sum(1).double().cpu()
-    told = all_asked > 0
-    if int(told.sum()) < 2:
+            losses[number, who] += counts * (likelihood.nll(scale * stated, told.tie) * told.asked).sum(1).double().cpu()
+    users = all_asked > 0
+    if int(users.sum()) < 2:
         return 1.0
-    losses = losses[:, told] / all_asked[told]
+    losses = losses[:, users] / all_asked[users]
     above = losses - losses[int(losses.mean(1).argmin())]
     near = above.mean(1) <= above.std(1) / above.shape[1] ** 0.5
-    return min(
-        (scale for scale, is_near in zip(CALIBRATIONS, near.tolist(), strict=True) if is_near), key=lambda a: abs(math.log(a))
-    )
+    good = [scale for scale, is_near in zip(CALIBRATIONS, near.tolist(), strict=True) if is_near]
+    return min(good, key=lambda scale: abs(math.log(scale)))
 
 
-def _predicted(selection: Selection, key: Candidate) -> Iterator[tuple[float, Tensor, Tensor, Tensor, Tensor]]:
-    """By folds, shots and parts of users: what the shot counts, who they are, and the margins, variances and weights of all
-    their pairs (U, n)."""
+def _predicted(selection: Selection, key: Candidate) -> Iterator[tuple[float, Tensor, Told]]:
+    """By folds, shots and parts of users: what the shot counts, who they are, and what is thought of their choices."""
     for f, (shots, counts) in itertools.product(range(selection.folds), SHOTS):
         view, prior = selection.estimated(key, f)
         held = torch.nonzero(selection.fold == f)[:, 0]
-        for rows, margin, variance, asked in selection.told(view, f, prior, shots, spread=True):
-            yield counts, held[rows.cpu()], margin, variance, asked
+        for told in selection.told(view, f, prior, shots, spread=True):
+            yield counts, held[told.rows.cpu()], told
