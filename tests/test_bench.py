@@ -24,7 +24,7 @@ from typer.testing import CliRunner
 
 import palate
 from palate import bench_cli
-from palate.bench import board, cells, pages, prepared, protocols, results, running, worker
+from palate.bench import board, cells, known, pages, prepared, protocols, results, running, worker
 from palate.bench.plan import Plan
 from palate.bench.protocols import Draw, World, one_table
 from palate.data.conditions import Condition
@@ -37,6 +37,7 @@ from palate.data.synthetic import synthetic
 from palate.errors import DataError, ModelFileError, PalateError
 from palate.evaluation import Evaluation, compare
 from palate.evaluation.facts import Failure, Run
+from palate.models.attribute_prior import Table
 from palate.models.base import RewardModel
 from palate.models.validation import halves
 
@@ -229,8 +230,10 @@ def test_data_sets_go_by_their_names(tmp_path: Path) -> None:
         raise AssertionError(spec)
 
     assert protocols.source("two-groups", encoder).label == "two groups"
-    assert protocols.source("personalllm:alpha=.001", encoder).label == "personalllm, alpha 0.001"
-    for wrong in ("polis", "prism=", "imdb=rows.jsonl", "attributes=x", "", "personalllm"):
+    alphas = [protocols.source(f"personalllm:alpha={alpha}", encoder) for alpha in (".001", ".01", ".1")]
+    assert [source.label for source in alphas] == [f"personalllm, alpha {alpha}" for alpha in ("0.001", "0.01", "0.1")]
+    assert len(tiny_plan(sources=alphas).sources) == 3
+    for wrong in ("polis", "prism=", "imdb=rows.jsonl", "attributes=x", "", "personalllm", "prism=x,attributes="):
         with pytest.raises(DataError, match=r"--data is .*; expected one of polis=PATH"):
             protocols.source(wrong, encoder)
     with pytest.raises(DataError, match="expected a number above 0 for alpha"):
@@ -388,6 +391,75 @@ def test_a_method_that_reads_prompts_costs_the_others_nothing(tmp_path: Path) ->
     assert drawn["bt"].prompts is None
     assert drawn["reads"].prompts is not None
     assert torch.equal(drawn["bt"].chosen, drawn["reads"].chosen)
+
+
+def few_told(seed: int) -> Draw:
+    """Two groups of people far apart, of whom a region is known."""
+    return Draw(*one_table(two_groups(seed, n_users=40, n_train=12, n_test=20, dim=6, separation=3.0), 2))
+
+
+def few_regions(seed: int) -> Table:
+    return known.regions(two_groups(seed, n_users=40, n_train=12, n_test=20, dim=6, separation=3.0), seed)
+
+
+def test_what_is_known_of_people_reaches_the_method_that_reads_it_and_no_other(tmp_path: Path) -> None:
+    base = palate.Hierarchical(2, bend=0, types=(), kappa=1.0)
+    methods: dict[str, RewardModel] = {"bt": palate.BradleyTerry(), "informed": palate.AttributePrior(base=base, effect=0.3)}
+    told = World("told", few_told, few_regions)
+    wanted = tiny_plan(
+        sources=[told, tiny("untold")], methods=methods, conditions=[Condition("clean")], seeds=[4], shots=(0, None)
+    )
+    started = running.start(wanted, tmp_path)
+    assert [bool(cell.attributes) for cell in started.every] == [False, True, False, False]
+    assert [row["failure"] for row in here(started, tmp_path)][:3] == [None] * 3
+    (first, second) = results.boards(tmp_path)
+    columns = first.evaluation.columns
+    before = {name: columns["accuracy"][(columns["method"] == name) & (columns["shots"] == 0)].mean() for name in methods}
+    assert before["informed"] > before["bt"] + 0.05  # before any choice a region tells the group of four in five
+    data, parts = few_told(4)
+    direct = {"informed": palate.AttributePrior(few_regions(4), base=base, effect=0.3)}
+    expected = compare(data, None, direct, by=lambda *_: parts, seeds=[4], shots=(0, None), data_set="told")
+    assert without_clock(first.evaluation.where(method="informed")) == without_clock(expected)
+    (failure,) = second.evaluation.failures
+    assert (failure.method, failure.message.partition(":")[0]) == ("informed", "no attributes")
+    pages.write_pages(tmp_path)
+    assert "| informed (no attributes) | \N{EN DASH} |" in (tmp_path / "leaderboard.md").read_text()
+    moved = replace(wanted, sources=[World("told", few_told, lambda seed: {"user000": {"region": "north"}}), tiny("untold")])
+    assert [(cell.label, cell.name) for cell in running.start(moved, tmp_path).pending] == [("told", "informed")]
+    assert [len(known.wished()), len(set(map(str, known.wished().values())))] == [84, 84]
+    assert set(protocols.attribute_choices(0)[0].user_ids) == set(known.wished())
+
+
+def test_attributes_of_real_people_come_from_a_file(tmp_path: Path) -> None:
+    rows, table = tmp_path / "rows.jsonl", tmp_path / "people.json"
+    made = synthetic(8, 8, seed=1).pairs
+    lines = [
+        {
+            "user_id": user,
+            "prompt": made.texts[c].prompt_text,
+            "chosen": made.texts[c].response,
+            "rejected": made.texts[r].response,
+        }
+        for user, c, r in zip(made.users, made.chosen, made.rejected, strict=True)
+    ]
+    rows.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    table.write_text(json.dumps({made.user_ids[0]: {"age": 31, "region": "north"}, "nobody": {"age": 50}}))
+    for behind in (f",encoder=style,attributes={table}", f",attributes={table},encoder=style"):
+        source = protocols.source(f"prism={rows}{behind}", palate.load_encoder)
+        assert source.label == "prism, style"
+        assert source.attributes(3) == {made.user_ids[0]: {"age": 31.0, "region": "north"}, "nobody": {"age": 50.0}}
+    assert protocols.source(f"prism={rows},encoder=style", palate.load_encoder).attributes(3) is None
+    for text, said in (
+        ("{", "is not JSON"),
+        ('["ada"]', 'expected {"user":'),
+        ('{"nobody": {"age": 3}}', "attributes of 1 users and of none of the 8"),
+        (json.dumps({made.user_ids[0]: {"age": [1]}}), "expected a finite number or a word"),
+    ):
+        table.write_text(text)
+        with pytest.raises(DataError, match=said):
+            protocols.source(f"prism={rows},encoder=style,attributes={table}", palate.load_encoder)
+    with pytest.raises(ModelFileError, match="the bench makes it anew"):
+        known.kept(tmp_path, "nowhere")
 
 
 def test_a_failure_is_a_row_with_its_message_and_the_rest_goes_on(tmp_path: Path) -> None:
@@ -602,12 +674,19 @@ def test_the_page_is_red_with_figures_and_safe() -> None:
     row = next(line for line in text.splitlines() if line.startswith("| made, unseen"))
     assert "**BROKEN**" in row
     assert r"nearest &lt;b\>\|mine\|&lt;/b\>-faithful, -0.0200 \[-0.0200, -0.0200\]" in row
+    assert "<br>under 1 of 1 seeds held-out users did not surely gain by personal weights" in row
     assert '<td class="broken">' in html
     assert "&lt;b&gt;|mine|" in html
     assert "<b>" not in html
     assert "http" not in html
     good = pages.page([made_board({"hierarchical": BASE, "bt": BASE - 0.1, "lore-faithful": BASE - 0.1})])
     assert (good.state, '<td class="broken">' in pages._html(good)) == ("kept", False)
+    assert "surely gain" not in pages.markdown(good)
+    told = made_board({"hierarchical": BASE, "bt": BASE - 0.1, "lore": BASE - 0.1, "told": BASE + 0.1})
+    runs = tuple(run._replace(kind="AttributePrior") if run.method == "told" else run for run in told.evaluation.runs)
+    found = board.verdict(replace(told, evaluation=replace(told.evaluation, runs=runs)), "unseen")
+    assert found.checks[2].figures.startswith("best bt, +0.1000")  # who is told more is no part of the promise
+    assert board.verdict(told, "unseen").kept is False
 
 
 def test_folders_without_a_bench_and_damaged_cells_say_so(tmp_path: Path) -> None:
@@ -666,6 +745,11 @@ def test_methods_go_by_group_or_name() -> None:
     assert sorted(fixed + faithful) == sorted(every)
     assert not set(bench_cli.NEED_MORE) & set(every)
     assert list(bench_cli._methods("bt,reference", {})) == ["bt", "reference"]
+    informed = bench_cli._methods("attribute-prior,bt", {"attribute-prior": {"effect": 0.3}})
+    assert list(informed) == ["attribute-prior", "bt"]
+    assert cells.Method.of(informed["attribute-prior"]).model().options() == palate.AttributePrior(effect=0.3).options()
+    assert list(bench_cli._methods("attribute-prior", {})) == ["attribute-prior"]
+    assert "attribute-prior" not in every  # it is told more than the others
     assert set(bench_cli._methods("faithful,bt", {})) == {"bt", *faithful}
 
 

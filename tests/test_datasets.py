@@ -4,6 +4,7 @@ import csv
 import hashlib
 import json
 import random
+import re
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -794,14 +795,25 @@ def test_every_recipe_is_prepared_by_its_name(tmp_path: Path) -> None:
         **{name: [scores, scores] for name in ("personalllm-lore", "personalllm-random")},
         "arena": [judged, [row | {"context": "How?"} for row in judged], [row | {"context": "When?"} for row in judged]],
         "community-alignment": [[aligned("ada", ("Lunch?", "response_b", [*"abcd"]))]],
+        "community": [[marked("ada", 2)]],
+        "argilla-rankings": [[exported("order", [["response-2", "response-1"]])]],
+        "argilla-labels": [[exported("which", ["first", "same"])]],
+        "argilla-ratings": [[exported("stars", [n]) | {"answer": answer} for n, answer in ((5, "Soup."), (1, "Bread."))]],
         "personas": [[persona(0, "a baker", 1)], [persona(0, "a baker", 1, "v")], new, [persona(0, "a pilot", 0, "t")]],
     }
+    options = {
+        "community": recipes.Options(columns="annotator=annotator,prompt=asked,preferred=best", answers="1=a,2=b"),
+        "argilla-rankings": recipes.Options(question="order", prompt="instruction", answers="response-1,response-2"),
+        "argilla-labels": recipes.Options(question="which", prompt="instruction", answers="first=response-1,x=response-2,same="),
+        "argilla-ratings": recipes.Options(question="stars", prompt="instruction", answers="answer"),
+    }
+    without_split = {"community-alignment": 3, "community": 1, "argilla-rankings": 1, "argilla-labels": 2, "argilla-ratings": 1}
     assert {*given, "attributes"} == set(recipes.RECIPES)  # that one has a test of its own below
     for name, parts in given.items():
         files = [jsonl(tmp_path / f"{name}-{i}.jsonl", part) for i, part in enumerate(parts)]
-        pairs, reports = recipes.prepared(name, files)
-        if name == "community-alignment":  # none is published
-            assert (len(pairs), set(pairs.split)) == (3, {None})
+        pairs, reports = recipes.prepared(name, files, options=options.get(name))
+        if name in without_split:  # none is published
+            assert (len(pairs), set(pairs.split)) == (without_split[name], {None}), name
             continue
         split = given_split(pairs)
         assert all(len(getattr(split, side)) for side in ("train", "test_seen", "support", "test_unseen")), name
@@ -818,6 +830,79 @@ def test_recipes_that_cannot_be(tmp_path: Path) -> None:
         recipes.prepared("attributes", [tmp_path])
     with pytest.raises(DataError, match="tldr-paper got 0 files"):
         recipes.prepared("tldr-paper", [])
+
+
+def test_an_argilla_export_is_prepared_by_one_command(tmp_path: Path, palate_command: Run) -> None:
+    rows = [exported("which", ["first", "same", "second"], ["ada", "bo", "cy"], ["submitted", "submitted", "draft"])]
+    out, export = tmp_path / "rows.jsonl", jsonl(tmp_path / "export.json", rows)  # as `datasets` names JSON Lines
+    options = ("--prompt", "instruction", "--answers", "first=response-1,second=response-3,same=")
+    command = ("data", "prepare", "argilla-labels", export, *options, "--out", out)
+    assert palate_command(*command, "--question", "which")[0] == 0
+    expected, _ = argilla_labels(
+        rows, "which", prompt="instruction", labels={"first": "response-1", "second": "response-3", "same": None}
+    )
+    again = palate.load_pairs(out)
+    assert again.fingerprint() == expected.fingerprint()
+    assert (again.user_ids, again.tie.tolist()) == (("ada", "bo"), [False, True])
+
+    def refused(*arguments: object) -> str:
+        code, _, err = palate_command(*arguments, "--overwrite")
+        assert code == 2
+        return " ".join(err.split())
+
+    assert "argilla-labels needs --question; docs/datasets.md has an example" in refused(*command)
+    wrong = refused(*command, "--question", "witch")
+    assert "no 'witch.responses'; the columns of the row are: instruction, response-1" in wrong
+    assert "argilla-labels takes no --ties; expected --question, --prompt, --answers" in refused(
+        *command, "--question", "q", "--ties"
+    )
+    export.write_text(json.dumps([{"fields": {"instruction": "Lunch?"}, "responses": {"which": [{"value": "first"}]}}], indent=1))
+    assert "does not say which answers were submitted; expected a flattened export" in refused(*command, "--question", "which")
+    assert palate.load_pairs(out).fingerprint() == expected.fingerprint()
+
+
+def test_options_of_recipes_are_those_of_the_loaders(tmp_path: Path) -> None:
+    files = [jsonl(tmp_path / name, prompts(50)) for name in ("train.jsonl", "test.jsonl")]
+    even, usual = (recipes.prepared("personalllm-lore", files, options=o)[0] for o in (recipes.Options(alpha=9), None))
+    train, test = (load_personalllm(file)[0] for file in files)
+    assert even.fingerprint() == best_and_worst(train, test, alpha=9, n_test=50).pairs.fingerprint() != usual.fingerprint()
+    tldr = [jsonl(tmp_path / f"{i}.jsonl", [compared(worker, i) for worker in "abcd" for i in range(60)]) for i in range(2)]
+    fewer = recipes.prepared("tldr-mrm", tldr, options=recipes.Options(seen_limit=7))[0]
+    assert int((fewer.split == "train").sum()) == 2 * 7
+    turns = ("Lunch?", "response_b", [*"abcd"])
+    aligned_file = jsonl(tmp_path / "a.jsonl", [aligned("ada", turns), aligned("bo", turns) | {"assigned_lang": "xx"}])
+    kept, _ = recipes.prepared("community-alignment", [aligned_file], options=recipes.Options(languages="de, xx"))
+    assert kept.user_ids == ("bo",)
+    asked = [{"who": "ada", "context": "Why?", "chosen": "So.", "rejected": "No."}]
+    parts = [jsonl(tmp_path / f"{n}.jsonl", [{**asked[0], "context": n}]) for n in ("train", "val", "test")]
+    assert recipes.prepared("arena", parts, options=recipes.Options(columns="user=who"))[0].user_ids == ("ada",)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "said"),
+    [
+        ("prism-mrm", {"languages": "en"}, "prism-mrm takes no --languages; expected nothing but files and --seed"),
+        ("tldr-paper", {"columns": "a=b", "alpha": 0.1}, "tldr-paper takes no --alpha, --columns; expected --seen-limit"),
+        ("community", {"columns": "annotator=a"}, "community needs --answers"),
+        (
+            "community",
+            {"columns": "annotator=a,prompt=p", "answers": "a,b"},
+            "expected preferred as well, such as preferred=COLUMN",
+        ),
+        (
+            "community",
+            {"columns": "who=a", "answers": "a,b"},
+            "--columns has who=a; expected WHAT=COLUMN with WHAT one of annotator",
+        ),
+        ("community", {"columns": "annotator=", "answers": "a,b"}, "--columns has annotator=; expected"),
+        ("argilla-rankings", {"question": "q", "prompt": "p", "answers": "a,,b"}, "--answers is 'a,,b'; expected names"),
+        ("argilla-rankings", {"question": "q", "prompt": "p", "answers": "a=x,a=y"}, "each once"),
+        ("argilla-rankings", {"question": "q", "prompt": "p", "answers": "a=x,b="}, "expected a field for every answer"),
+    ],
+)
+def test_options_that_cannot_be(name: str, options: dict[str, Any], said: str, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=re.escape(said)):
+        recipes.prepared(name, [jsonl(tmp_path / "x.jsonl", [{}])], options=recipes.Options(**options))
 
 
 # -- in one go with the rest

@@ -993,6 +993,14 @@ def test_the_command_runs_plus(
     server.answer = lambda body: stub.Status(400, {}, "no") if asked in str(body) else stub.answered(body)
     code, _, err = judge_command(*command[:-1], tmp_path / "other", "--method", "plus", "--encoder", "style")
     assert (code, f"1 of 5 seen users have no summary, such as '{lost}': endpoint: " in err) == (0, True)
+    server.answer = stub.answered
+    server.seen.clear()
+    several = ("--method", "plus", "--encoder", "style", "--summaries", 3, "--interactions", 0)
+    assert judge_command(*command[:-1], tmp_path / "several", *several)[0] == 0
+    assert [sum(body["temperature"] == warmth for body in server.seen) for warmth in (0, 1)] == [5, 5 * 3]
+    briefs = tmp_path / "several" / "briefs.jsonl"
+    code, _, err = judge_command(*command[:-1], tmp_path / "mine", *several, "--briefs", briefs)
+    assert (code, "--summaries 3 and --briefs are given, which has the summaries already" in err) == (2, True)
 
 
 @LOCAL

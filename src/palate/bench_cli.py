@@ -3,7 +3,7 @@
 import json
 import os
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 # Neither can be had on every data set: they need an encoder that brings scores or a head.
 NEED_MORE = ("scorers", "reference")
+INFORMED = "attribute-prior"  # named by itself only: it is told more than the others
 _KEYS = ("data", "methods", "seeds", "first-seed", "conditions", "shots", "jobs", "options")
 
 
@@ -29,13 +30,17 @@ def bench(
     data: Annotated[
         list[str] | None,
         typer.Option(
-            help="polis=FOLDER, convarg=ROWS, prism=ROWS, with ,encoder=SPEC behind where you wish, attributes, two-groups, "
-            "one-crowd or personalllm:alpha=A; may be given several times.",
+            help="polis=FOLDER, convarg=ROWS, prism=ROWS, with ,encoder=SPEC and ,attributes=FILE behind where you wish, "
+            "attributes, two-groups, one-crowd or personalllm:alpha=A; may be given several times.",
             show_default=False,
         ),
     ] = None,
     methods: Annotated[
-        str | None, typer.Option(help="'fixed', 'faithful' (as published), 'all', or names: bt,lore,hierarchical.  [fixed]")
+        str | None,
+        typer.Option(
+            help="'fixed', 'faithful' (as published), 'all', or names: bt,lore,hierarchical; attribute-prior, where there are "
+            "attributes.  [fixed]"
+        ),
     ] = None,
     seeds: Annotated[int | None, typer.Option(help="Number of random splits.  [5]", min=1)] = None,
     first_seed: Annotated[int | None, typer.Option(help="The first of them.  [0]", min=0)] = None,
@@ -154,7 +159,7 @@ def _methods(names: str, options: Mapping[str, Any]) -> "dict[str, RewardModel]"
         "all": every,
     }
     listed = dict.fromkeys(name for word in names.split(",") for name in groups.get(word.strip(), [word.strip()]))
-    models = terminal.methods(",".join(listed))
+    models = _made(list(listed))
     if not isinstance(options, Mapping):
         raise DataError(f"options is {options!r}; expected a table for each method, such as [options.lore]")
     for name, changed in options.items():
@@ -174,6 +179,18 @@ def _methods(names: str, options: Mapping[str, Any]) -> "dict[str, RewardModel]"
         if idle:
             raise DataError(f"options.{name} has {', '.join(idle)}, which changes nothing in {models[name]}; leave it out")
     return models
+
+
+def _made(listed: Sequence[str]) -> "dict[str, RewardModel]":
+    from palate.models.attribute_prior import AttributePrior
+
+    names = [name for name in listed if name]
+    for name in names:
+        terminal.one_of(name, (*terminal.METHODS, INFORMED), "--methods")
+    if names == [INFORMED]:
+        return {INFORMED: AttributePrior()}
+    usual = terminal.methods(",".join(name for name in names if name != INFORMED))
+    return {name: AttributePrior() if name == INFORMED else usual[name] for name in names}
 
 
 def _over(usual: Any, value: Any) -> Any:

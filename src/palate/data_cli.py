@@ -57,15 +57,53 @@ def prepare(
         typer.Argument(metavar="[FILE]...", help="The published files, in the order that the recipe names.", show_default=False),
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Of the split; by default the published one, else 0.", min=0)] = None,
+    question: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Of argilla-*: the question whose answers are read.")
+    ] = None,
+    prompt: Annotated[str | None, typer.Option(metavar="FIELD", help="Of argilla-*: the field with what was asked.")] = None,
+    answers: Annotated[
+        str | None,
+        typer.Option(
+            metavar="LIST",
+            help="Of argilla-* and community: the fields of the answers, a,b,c; or NAME=FIELD for each where the question calls "
+            "them otherwise: A=first,B=second,same= (a label without a field is a tie).",
+        ),
+    ] = None,
+    ties: Annotated[bool, typer.Option("--ties", help="Of argilla-*: equal ranks or ratings become ties, not nothing.")] = False,
+    columns: Annotated[
+        str | None,
+        typer.Option(
+            metavar="LIST",
+            help="WHAT=COLUMN of what your copy calls otherwise: user, context, chosen, rejected (arena); score "
+            "(personalllm-*, with {answer} and {scorer}); annotator, prompt, preferred, conversation, language (community).",
+        ),
+    ] = None,
+    languages: Annotated[str | None, typer.Option(metavar="LIST", help="Of community*: keep these only, such as en,it.")] = None,
+    alpha: Annotated[
+        float | None, typer.Option(help="Of personalllm-*: users are Dirichlet(alpha).  [.001 of lore, .01 of random]")
+    ] = None,
+    seen_limit: Annotated[
+        int | None, typer.Option(help="Of tldr-*: most choices of a seen worker to learn from.  [150]", min=1)
+    ] = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """Turn published files into rows with the split of a recipe, as `palate compare` reads them.
+    """Turn published files, or an export, into rows with the split of a recipe, as `palate compare` reads them.
 
     Figures on different recipes are not comparable; docs/datasets.md tells them apart.
     """
     terminal.free(out, overwrite)
+    options = recipes.Options(
+        alpha=alpha,
+        seen_limit=seen_limit,
+        languages=languages,
+        columns=columns,
+        question=question,
+        prompt=prompt,
+        answers=answers,
+        ties=ties,
+    )
     with terminal.progress(f"Preparing {recipe}"):
-        pairs, reports = recipes.prepared(recipe, files or [], seed)
+        pairs, reports = recipes.prepared(recipe, files or [], seed, options=options)
     for report in reports:
         if not report.ok:
             terminal.note(report.summary())

@@ -46,6 +46,8 @@ class Asked(NamedTuple):
     temperature: float
     answer_tokens: int | None
     candidates: int | None
+    summaries: int
+    interactions: int | None
     encoder: str
     seed: int
 
@@ -58,6 +60,8 @@ class Asked(NamedTuple):
             f"--temperature {self.temperature:g}": self.temperature != 0 and self.method == "plus",
             f"--answer-tokens {self.answer_tokens}": self.answer_tokens is not None and self.method == "plus",
             f"--candidates {self.candidates}": self.candidates is not None and self.method != "synthesize-me",
+            f"--summaries {self.summaries}": self.summaries != 1 and self.method != "plus",
+            f"--interactions {self.interactions}": self.interactions is not None and self.method != "plus",
         }
         given = [option for option, wrong in unused.items() if wrong]
         if given:
@@ -92,6 +96,20 @@ def judge(
     candidates: Annotated[
         int | None,
         typer.Option(help="Of synthesize-me: random sets of demonstrations to try, 10 as published; fewer cost less.", min=0),
+    ] = None,
+    summaries: Annotated[
+        int,
+        typer.Option(
+            help="Of plus: so many of each judged user, of which the reward keeps the best on a held-out choice.", min=1
+        ),
+    ] = 1,
+    interactions: Annotated[
+        int | None,
+        typer.Option(
+            help="Of plus: components of the summaries that the features are multiplied with; 0 is the published form.  "
+            "[0 or 4, by held-out seen users]",
+            min=0,
+        ),
     ] = None,
     encoder: Annotated[str, typer.Option("--encoder", metavar="SPEC", help="For similar:N and plus.")] = "minilm",
     briefs: Annotated[
@@ -133,8 +151,10 @@ def judge(
     from palate.judges.ledger import Ledger
 
     kind = terminal.one_of(method, METHODS, "--method")
-    asked = Asked(kind, memory, answer, samples, temperature, answer_tokens, candidates, encoder, seed)
+    asked = Asked(kind, memory, answer, samples, temperature, answer_tokens, candidates, summaries, interactions, encoder, seed)
     asked.check()
+    if briefs is not None and summaries != 1:
+        raise DataError(f"--summaries {summaries} and --briefs are given, which has the summaries already; leave one out")
     prices = _prices(price)
     known = None if briefs is None else load_briefs(briefs)
     pairs, _ = terminal.read_choices(rows)
@@ -256,7 +276,7 @@ def _memory(asked: Asked, chat: "Chat", briefs: "dict[str, Brief] | None") -> "M
 def _own_memory(asked: Asked, chat: "Chat", train: "PairSet", by: str | None) -> "Judge":
     from palate.judges.bootstrap import Search
     from palate.judges.plus import Summaries
-    from palate.judges.reward import PlusReward
+    from palate.judges.reward import INTERACTIONS, PlusReward
     from palate.judges.synthesize import SynthesizeMe
 
     if asked.method == "synthesize-me":
@@ -271,8 +291,10 @@ def _own_memory(asked: Asked, chat: "Chat", train: "PairSet", by: str | None) ->
         user, why = next(iter(writer.failed.items()))
         terminal.note(f"{len(writer.failed)} of {len(told.user_ids)} seen users have no summary, such as {user!r}: {why}")
     with terminal.progress("Fitting the reward"):
-        reward = PlusReward.fit(held, cache_cli.encoder(asked.encoder), summaries, seed=asked.seed)
-    reward.writer = writer
+        wanted = INTERACTIONS if asked.interactions is None else asked.interactions
+        reward = PlusReward.fit(held, cache_cli.encoder(asked.encoder), summaries, interactions=wanted, seed=asked.seed)
+    n = asked.summaries
+    reward.writer = writer if n == 1 else Summaries(chat, n_summaries=n, reward=reward, seed=asked.seed)
     return reward
 
 

@@ -1,7 +1,8 @@
 """What a benchmark says: a table of figures for each data set and condition, and whether the default model holds its promise.
 
 The promise, in every cell of the matrix: Hierarchical is not below Bradley-Terry beyond the interval, is above every published
-preset, and is within .003 of the best other one. Differences are paired: the same users under the same seeds.
+preset, and is within .003 of the best other one. Differences are paired: the same users under the same seeds. A method that is
+told more of people than their choices is no part of it.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,6 +14,7 @@ from palate.bench.results import Board
 from palate.evaluation import Estimate
 from palate.evaluation.metrics import worst_mean
 from palate.evaluation.result import ALL
+from palate.models.attribute_prior import AttributePrior
 
 SUBJECT, CROWD, PUBLISHED = "hierarchical", "bt", "-faithful"
 MARGIN = 0.003
@@ -50,12 +52,13 @@ class Check(NamedTuple):
 
 
 class Verdict(NamedTuple):
-    """One cell of the robustness matrix."""
+    """One cell of the robustness matrix. `crowd_only` says under how many of the seeds Hierarchical found no personal part."""
 
     data_set: str
     condition: str
     cohort: str
     checks: tuple[Check, ...]
+    crowd_only: tuple[int, int] = (0, 0)
 
     @property
     def kept(self) -> bool | None:
@@ -136,7 +139,8 @@ def verdict(board: Board, cohort: str) -> Verdict:
     if SUBJECT not in complete:
         unknown = Check("Hierarchical", None, "it has no figures for every seed")
         return Verdict(board.data_set, board.condition, cohort, (unknown,))
-    others = [name for name in complete if name != SUBJECT]
+    informed = {run.method for run in board.evaluation.runs if run.kind == AttributePrior.__name__}
+    others = [name for name in complete if name != SUBJECT and name not in informed]
     gains = {name: found for name in others if (found := difference(board, SUBJECT, name, cohort)) is not None}
     published = {name: gain for name, gain in gains.items() if name.endswith(PUBLISHED)}
     fixed = {name: gain for name, gain in gains.items() if not name.endswith(PUBLISHED)}
@@ -145,6 +149,7 @@ def verdict(board: Board, cohort: str) -> Verdict:
         board.condition,
         cohort,
         (_not_below(gains.get(CROWD)), _above(published), _near(fixed)),
+        (sum(run.n_weights == 0 for run in board.evaluation.runs if run.method == SUBJECT), len(board.seeds)),
     )
 
 

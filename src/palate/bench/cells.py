@@ -60,11 +60,14 @@ class Cell:
     data: str  # the digest of the draw
     origin: str
     shots: tuple[int | None, ...]
+    attributes: str = ""  # the digest of what is known of the users, of a method that reads it
 
     @property
     def key(self) -> str:
-        """The digest of what determines the figures: data, split, encoder, condition, method, seed, shots, version."""
+        """The digest of what determines the figures: data, split, encoder, condition, method, seed, shots, version, and what is
+        known of the users."""
         what = [FORMAT, VERSION, __version__, self.method, self.data, self.condition, self.seed, self.shots]
+        what += [self.attributes] if self.attributes else []  # as it was named before there were any
         return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:32]
 
     def as_json(self) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from palate.report.contents import label
 from palate.version import __version__
 
 NONE = "\N{EN DASH}"
+LACKS = ("no texts:", "no attributes:")  # what a data set does not have, as `worker` says it
 HEADS = (
     *("method", "rank", "seen", "unseen", "worst decile", "log loss", *(f"after {n}" for n in FEW)),
     *("minus Bradley-Terry", "minus Hierarchical", "parameters", "fit, s", "adapt, ms"),
@@ -120,7 +121,11 @@ def _cell(found: Verdict | None) -> Cell | None:
         return None
     state = {True: "kept", False: "broken", None: "unknown"}[found.kept]
     mark = {True: "yes", False: "NO", None: "not measured"}
-    return Cell(state, tuple(f"{check.what}: {mark[check.kept]} ({check.figures})" for check in found.checks))
+    said = [f"{check.what}: {mark[check.kept]} ({check.figures})" for check in found.checks]
+    some, seeds = found.crowd_only
+    if state == "broken" and some:
+        said.append(f"under {some} of {seeds} seeds held-out users did not surely gain by personal weights: the crowd's reward")
+    return Cell(state, tuple(said))
 
 
 def _shown(board: Board, table: Sequence[Line]) -> Shown:
@@ -135,14 +140,16 @@ def _shown(board: Board, table: Sequence[Line]) -> Shown:
     for failure in board.evaluation.failures:
         said.setdefault((failure.method, failure.stage, failure.message), []).append(failure.seed)
     failures = tuple(f"{label(m)} failed ({s}, seeds {', '.join(map(str, n))}): {why}" for (m, s, why), n in said.items())
-    rows = tuple(_row(line, len(board.seeds)) for line in table)
+    lacks = {m: why.partition(":")[0] for m, _, why in said if why.startswith(LACKS)}
+    rows = tuple(_row(line, len(board.seeds), lacks.get(line.method)) for line in table)
     stress = names.index(SUBJECT) if SUBJECT in names else None
     return Shown(f"{board.data_set}: {board.condition}", f"{note}.", rows, stress, failures)
 
 
-def _row(line: Line, n_seeds: int) -> tuple[str, ...]:
+def _row(line: Line, n_seeds: int, lacks: str | None) -> tuple[str, ...]:
     rank = NONE if line.rank is None else str(line.rank)
-    name = label(line.method) + (f" ({line.n_seeds} of {n_seeds} seeds)" if 0 < line.n_seeds < n_seeds else "")
+    some = lacks or (f"{line.n_seeds} of {n_seeds} seeds" if 0 < line.n_seeds < n_seeds else "")
+    name = label(line.method) + (f" ({some})" if some else "")
     figures = [_figure(value, ".4f") for value in (line.seen, line.unseen, line.worst, line.log_loss, *line.few)]
     gains = [_gain(gain) for gain in (line.against_crowd, line.against_subject)]
     costs = [_figure(line.parameters, ",d"), _figure(line.fit_seconds, ".1f"), _figure(line.adapt_ms, ".1f")]

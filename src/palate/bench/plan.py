@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from palate.bench import known
 from palate.bench.cells import Cell, Method
 from palate.bench.protocols import Source
 from palate.data.conditions import Condition
@@ -60,9 +61,9 @@ class Plan:
         if None not in self.shots:
             raise DataError(f"shots are {self.shots}; expected 'all' among them, which is what methods are ranked by")
 
-    def cells(self, digests: Mapping[tuple[str, int, bool], str]) -> list[Cell]:
-        """Every cell; `digests` has the draw of each (label, seed, with prompts). Seeds are outermost within a data set and
-        condition, so that an unfinished bench has whole comparisons."""
+    def cells(self, digests: Mapping[tuple[str, int, bool], str], tables: Mapping[tuple[str, int], str]) -> list[Cell]:
+        """Every cell; `digests` has the draw of each (label, seed, with prompts) and `tables` what is known of the users of each
+        (label, seed). Seeds are outermost within a data set and condition, so that an unfinished bench has whole comparisons."""
         told = {name: Method.of(model) for name, model in self.methods.items()}
         return [
             Cell(
@@ -74,6 +75,7 @@ class Plan:
                 digests[source.label, seed, model.reads_prompts],
                 source.origin,
                 self.shots,
+                tables.get((source.label, seed), "") if known.reads(model) else "",
             )
             for source in self.sources
             for condition in self.conditions

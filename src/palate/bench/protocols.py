@@ -9,11 +9,13 @@
 | personalllm | 200 + 200 Dirichlet mixtures of ten scorers | 45 or 9 prompts, 200 tested on | | vectors |
 | two-groups, one-crowd | 200 + 200 | 30 + 50 pairs | | vectors |
 
-Half of the users of the first three are unseen. The others are drawn anew for every seed.
+Half of the users of the first three are unseen. The others are drawn anew for every seed. `palate.bench.known` says what is known
+of their users beside choices.
 """
 
 import hashlib
 import math
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -25,6 +27,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from palate.bench import known
 from palate.data.attributes import attributes, judged
 from palate.data.leaks import check_leaks
 from palate.data.pairs import EmbeddedPairs, PairSet
@@ -33,6 +36,7 @@ from palate.data.readers import load_valid_pairs
 from palate.data.splits import SIDES, By, Split, split, unit_labels
 from palate.encoders import Encoder
 from palate.errors import DataError
+from palate.models.attribute_prior import Table
 
 ANSWERS = 40  # of an unseen attribute user: what the published experiments ask for at most
 
@@ -60,6 +64,10 @@ class Source(Protocol):
 
     def draw(self, seed: int, *, prompts: bool = False) -> Draw:
         """`prompts`: with e(prompt), where there are texts. Raises what `palate.split` and `check_leaks` raise."""
+        ...
+
+    def attributes(self, seed: int) -> Table | None:
+        """What is known of the users of that draw beside their choices; None for nothing."""
         ...
 
 
@@ -104,10 +112,11 @@ RECIPES: Mapping[str, Recipe] = {
 class Texts:
     """Choices in text, prepared by a recipe and embedded once."""
 
-    def __init__(self, name: str, pairs: PairSet, recipe: Recipe, encoder: Encoder):
+    def __init__(self, name: str, pairs: PairSet, recipe: Recipe, encoder: Encoder, people: Table | None = None):
         self.name, self.pairs, self.recipe, self.encoder = name, recipe.keep(pairs), recipe, encoder
         if not len(self.pairs):
             raise DataError(f"{name}: none of the users has enough choices for the benchmark; docs/bench.md says what it takes")
+        self.people = people
         self._embedded: dict[bool, EmbeddedPairs] = {}
 
     @property
@@ -129,6 +138,9 @@ class Texts:
         check_leaks(self.pairs, parts, by=recipe.by)
         return only(self._embedded[prompts], parts)
 
+    def attributes(self, seed: int) -> Table | None:
+        return self.people
+
 
 def only(data: EmbeddedPairs, parts: Split) -> Draw:
     """The choices that are on a side, in their order, and the split of these."""
@@ -146,6 +158,7 @@ class World:
 
     label: str
     make: Callable[[int], tuple[EmbeddedPairs, Split]]
+    people: Callable[[int], Table | None] = lambda seed: None
 
     @property
     def origin(self) -> str:
@@ -154,6 +167,9 @@ class World:
 
     def draw(self, seed: int, *, prompts: bool = False) -> Draw:
         return Draw(*self.make(seed))
+
+    def attributes(self, seed: int) -> Table | None:
+        return self.people(seed)
 
 
 def one_table(world: Planted, n_answers: int) -> tuple[EmbeddedPairs, Split]:
@@ -212,8 +228,10 @@ def _columns(pairs: EmbeddedPairs) -> tuple[NDArray[np.int64], NDArray[np.int64]
 
 
 WORLDS: Mapping[str, World] = {
-    "attributes": World("attributes", attribute_choices),
-    "two-groups": World("two groups", lambda seed: one_table(two_groups(seed), 2)),
+    "attributes": World("attributes", attribute_choices, lambda seed: known.wished()),
+    "two-groups": World(
+        "two groups", lambda seed: one_table(two_groups(seed), 2), lambda seed: known.regions(two_groups(seed), seed)
+    ),
     "one-crowd": World("one crowd", lambda seed: one_table(one_crowd(seed), 2)),
 }
 _KNOWN = ", ".join([*(f"{name}=PATH" for name in RECIPES), *WORLDS, "personalllm:alpha=A"])
@@ -222,11 +240,12 @@ _KNOWN = ", ".join([*(f"{name}=PATH" for name in RECIPES), *WORLDS, "personalllm
 def source(text: str, encoder: Callable[[str], Encoder]) -> Source:
     """The data set that a text names: `polis=FOLDER`, `prism=ROWS,encoder=minilm+style`, `attributes`, `personalllm:alpha=.01`.
 
-    `encoder` makes the encoder that a spec names. Reading a file takes seconds; nothing is embedded before the first draw.
+    Behind a path `,attributes=FILE` names what is known of the people (`known.of_file`). `encoder` makes the encoder that a spec
+    names. Reading a file takes seconds; nothing is embedded before the first draw.
 
     Raises:
-        DataError: a name that is not known, or a file without choices.
-        OSError: the file cannot be read.
+        DataError: a name that is not known, a file without choices, or attributes of nobody in it.
+        OSError: a file cannot be read.
     """
     name, given, rest = text.partition("=")
     if text in WORLDS:
@@ -234,11 +253,16 @@ def source(text: str, encoder: Callable[[str], Encoder]) -> Source:
     if name == "personalllm:alpha":
         alpha = _number(rest, text)
         return World(f"personalllm, alpha {alpha:g}", lambda seed: one_table(personalllm(alpha, seed), 8))
-    path, _, spec = rest.partition(",encoder=")
-    if name not in RECIPES or not given or not path:
-        raise DataError(f"--data is {text!r}; expected one of {_KNOWN}, a PATH with ,encoder=SPEC behind it where you wish")
+    path, *behind = re.split(",(encoder|attributes)=", rest)
+    told = dict(zip(behind[::2], behind[1::2], strict=True))
+    if name not in RECIPES or not given or not path or not all(told.values()):
+        raise DataError(
+            f"--data is {text!r}; expected one of {_KNOWN}, a PATH with ,encoder=SPEC and ,attributes=FILE behind it as you wish"
+        )
     recipe = RECIPES[name]
-    return Texts(name, load_valid_pairs(Path(path))[0], recipe, encoder(spec or recipe.encoder))
+    pairs = load_valid_pairs(Path(path))[0]
+    people = known.of_file(Path(told["attributes"]), pairs.user_ids) if "attributes" in told else None
+    return Texts(name, pairs, recipe, encoder(told.get("encoder", recipe.encoder)), people)
 
 
 def _number(given: str, text: str) -> float:

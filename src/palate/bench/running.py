@@ -16,7 +16,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
 
-from palate.bench import cells
+from palate.bench import cells, known
 from palate.bench.cells import Cell
 from palate.bench.plan import Plan, record
 from palate.bench.prepared import prepare
@@ -28,6 +28,7 @@ LOG = "log.jsonl"
 TYPICAL: Mapping[str, float] = {
     **{"bt": 1, "lore": 19, "pref": 21, "mrm": 33, "hierarchical": 30},
     **{"pal-a": 15, "pal-b": 15, "vpl": 8, "individual": 1, "individual-crowd": 1, "groups": 4, "neighbours": 3},
+    "attribute-prior": 35,
     **{"pal-a-faithful": 10, "pal-b-faithful": 10, "vpl-faithful": 60},
     **{"lore-faithful": 2, "pref-faithful": 1, "mrm-faithful": 40},
 }
@@ -70,6 +71,8 @@ def start(
     folder.mkdir(parents=True, exist_ok=True)
     with _alone(folder):  # what another bench runs by must not change under it
         found: dict[tuple[str, int, bool], str] = {}
+        tables: dict[tuple[str, int], str] = {}
+        informed = any(known.reads(model) for model in plan.methods.values())
         kinds = sorted({model.reads_prompts for model in plan.methods.values()})
         total = len(plan.sources) * len(plan.seeds) * len(kinds)
         for source in plan.sources:
@@ -78,7 +81,10 @@ def start(
                     say(len(found), total, f"preparing {source.label}, seed {seed}")
                     draw = source.draw(seed, prompts=prompts)
                     found[source.label, seed, prompts] = prepare(draw, folder / "data")
-        mine = plan.cells(found)
+            for seed in plan.seeds if informed else ():
+                if (table := source.attributes(seed)) is not None:
+                    tables[source.label, seed] = known.keep(table, folder / "data")
+        mine = plan.cells(found, tables)
         every = record(folder, mine)
         pending: dict[str, Cell] = {}
         for cell in mine:

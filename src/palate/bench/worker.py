@@ -15,19 +15,21 @@ from typing import TextIO
 
 import torch
 
-from palate.bench import cells, prepared
+from palate.bench import cells, known, prepared
 from palate.bench.cells import Cell
 from palate.bench.protocols import Draw
 from palate.data.conditions import Condition
-from palate.errors import PalateError
+from palate.errors import DataError, PalateError
 from palate.evaluation import Evaluation, compare
+from palate.models.attribute_prior import AttributePrior, Table
+from palate.models.base import RewardModel
 
 
-def found(cell: Cell, draw: Draw) -> Evaluation:
+def found(cell: Cell, draw: Draw, people: Table | None = None) -> Evaluation:
     """Fit and test one method; one that fails is a failure and no figure. What was learnt from never meets a test choice."""
     try:
         data, parts = Condition.named(cell.condition).apply(*draw, cell.seed)
-        model = cell.method.model()
+        model = _fed(cell.method.model(), draw, people)
         return replace(
             compare(
                 data,
@@ -47,6 +49,17 @@ def found(cell: Cell, draw: Draw) -> Evaluation:
         return cells.failed(cell, stage or "fit", said or message)
 
 
+def _fed(model: RewardModel, draw: Draw, people: Table | None) -> RewardModel:
+    """The model with what it reads beside choices. Raises `DataError`, which begins as the page marks the method, without it."""
+    if model.reads_prompts and draw.data.prompts is None:
+        raise DataError("no texts: this method reads prompts, and this data set has vectors only")
+    if isinstance(model, AttributePrior):
+        if people is None:
+            raise DataError("no attributes: nothing is known here of single persons beside their choices (docs/bench.md)")
+        return model.with_attributes(people)
+    return model
+
+
 def run(folder: Path, lines: TextIO, answers: TextIO) -> None:
     """Every cell of the input; the last draw is kept, because the next cell is often of the same."""
     kept: tuple[str, Draw] | None = None
@@ -56,7 +69,7 @@ def run(folder: Path, lines: TextIO, answers: TextIO) -> None:
         if kept is None or kept[0] != cell.data:
             kept = None  # before the next is read: two tables at once need not fit
             kept = cell.data, prepared.read(folder / "data", cell.data)
-        evaluation = found(cell, kept[1])
+        evaluation = found(cell, kept[1], known.kept(folder / "data", cell.attributes) if cell.attributes else None)
         seconds = time.perf_counter() - began
         cells.write(folder, cell, evaluation, seconds)
         message = evaluation.failures[0].message if evaluation.failures else None

@@ -9,9 +9,14 @@ the caller names them. Only submitted answers count; drafts and discarded ones a
 | ranking | an order of the answers | `argilla_rankings` |
 | label | which answer is better | `argilla_labels` |
 | rating | a number for one answer | `argilla_ratings` |
+
+`dataset.records.to_datasets().to_json("export.jsonl")` (or `.to_parquet`) is flattened. Argilla's own `to_json` and `to_disk` do
+not say which answers were submitted, so their files are refused.
 """
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from palate.data.feedback import Ranking, Rating, from_rankings, from_ratings
@@ -43,8 +48,9 @@ def argilla_rankings(
     some of the answers said nothing about the rest.
 
     Raises:
-        DataError: a column that is not there, or no good row.
+        DataError: an export that is not flattened, a column that is not there, or no good row.
     """
+    _check_flattened(source)
     field_of = dict(answers) if isinstance(answers, Mapping) else {name: name for name in answers}
 
     def rows(row: Mapping[str, Any]) -> Iterator[Row | Problem]:
@@ -72,8 +78,10 @@ def argilla_labels(
             "response-2", "same": None}, for example.
 
     Raises:
-        DataError: labels of another number of fields, a column that is not there, or no good row.
+        DataError: labels of another number of fields, an export that is not flattened, a column that is not there, or no good
+            row.
     """
+    _check_flattened(source)
     fields = list(dict.fromkeys(field for field in labels.values() if field is not None))
     if len(fields) != 2:
         raise DataError(f"labels are {dict(labels)}; expected labels that prefer one of two fields, and perhaps some with None")
@@ -104,9 +112,10 @@ def argilla_ratings(
         ties: equal ratings become ties instead of nothing.
 
     Raises:
-        DataError: a column that is not there, or no good row.
+        DataError: an export that is not flattened, a column that is not there, or no good row.
     Cost: ratings are compared across records, so they are all held in memory.
     """
+    _check_flattened(source)
     ratings: list[Rating] = []
     tally = Tally(source)
 
@@ -137,6 +146,18 @@ def _rating(answer: _Answer, words: tuple[str, str], question: str) -> Rating | 
         return Rating(answer.user, *words, number({question: answer.value}, question))
     except DataError as error:
         return Problem(Reason.WRONG_TYPE, f"annotator {answer.user!r}: {error}")
+
+
+def _check_flattened(source: Source) -> None:
+    """A list of records is what Argilla's own `to_json` and `to_disk` write: without the status of an answer."""
+    if not isinstance(source, (str, os.PathLike)) or not Path(source).is_file():
+        return
+    with Path(source).open("rb") as file:
+        if file.read(64).lstrip().startswith(b"["):
+            raise DataError(
+                f"{source} is one list of records, as Argilla's to_json and to_disk write them, which does not say which answers "
+                'were submitted; expected a flattened export, dataset.records.to_datasets().to_json("export.jsonl")'
+            )
 
 
 def _columns(question: str) -> list[str]:

@@ -13,13 +13,12 @@ from sklearn.cluster import KMeans
 from torch import Tensor
 
 from palate import likelihood
-from palate.data.embeddings import Embeddings
 from palate.data.pairs import EmbeddedPairs
 from palate.errors import DataError
 from palate.models import trials
 from palate.models.base import Inference, RewardModel
 from palate.models.bilinear import Owners
-from palate.models.people import Meeting, People
+from palate.models.people import Meeting, People, WholeRewards
 from palate.priors import Prior
 from palate.solvers import Batch, Solution
 
@@ -28,7 +27,7 @@ Progress = Callable[[float, str], None]  # (share done, what)
 GROUPS = (2, 4, 8, 16)
 
 
-class GroupBT(RewardModel):
+class GroupBT(WholeRewards, RewardModel):
     """G groups of people with a reward each: r_i(e) = sum_g P(g | choices of i) mu_g . e.
 
     P(g | choices) is proportional to share_g prod_j sigma(m_gj), m_gj the margin of choice j under mu_g: an exact posterior, a
@@ -48,7 +47,6 @@ class GroupBT(RewardModel):
     Cost: `fit` a cheap personal fit for each fold and one more; `adapt` O(P G), without iterations.
     """
 
-    rewards: Tensor
     share: Tensor
 
     def __init__(self, n_groups: int | tuple[int, ...] | None = None):
@@ -70,22 +68,9 @@ class GroupBT(RewardModel):
         return cls(tuple(n_groups) if isinstance(n_groups, list) else n_groups)
 
     @property
-    def n_features(self) -> int:
-        return len(self.rewards)
-
-    @property
     def crowd_weights(self) -> Tensor:
         """(G,) the shares of the groups; (0,) where there is one group, whose reward is everybody's."""
         return self.share if len(self.share) > 1 else self.share[:0]
-
-    def features(self, embeddings: Embeddings) -> Tensor:
-        """(N, G): the reward of every group."""
-        return embeddings.project(self.rewards)
-
-    def design(self, features: Tensor) -> tuple[Tensor, Tensor]:
-        if features.shape[1] == 1:
-            return features[:, 0], features[:, 1:]
-        return torch.zeros_like(features[:, 0]), features
 
     def fitted(self, data: EmbeddedPairs, *, seed: int, progress: Progress) -> tuple["GroupBT", None]:
         progress(0.0, "groups of people")
@@ -96,10 +81,7 @@ class GroupBT(RewardModel):
         if not isinstance(self.n_groups, int) and meeting.folds and sizes:
             losses = torch.full((1 + len(sizes), len(data.user_ids)), torch.nan, dtype=torch.float64)
             trial = trials.Trial(data, seed)
-            for f in range(meeting.folds):
-                progress(0.8 * f / meeting.folds, "how many groups of people")
-                held = torch.nonzero(meeting.fold == f)[:, 0].to(data.user_index.device)
-                people = meeting.people(f)
+            for held, people in meeting.turns(lambda share: progress(0.8 * share, "how many groups of people")):
                 losses[0, held.cpu()] = trial.alone(held, people.view.offset)[held].cpu().double()
                 for row, size in enumerate(sizes, start=1):
                     losses[row, held.cpu()] = (

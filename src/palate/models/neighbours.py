@@ -11,12 +11,11 @@ import torch
 from torch import Tensor
 
 from palate import likelihood
-from palate.data.embeddings import Embeddings
 from palate.data.pairs import EmbeddedPairs
 from palate.errors import DataError
 from palate.models import trials
 from palate.models.base import Inference, RewardModel
-from palate.models.people import Meeting, People
+from palate.models.people import Meeting, People, WholeRewards
 from palate.priors import Prior
 from palate.solvers import Batch, Solution
 
@@ -27,7 +26,7 @@ SHARPNESS = (0.0, 0.1, 0.3, 1.0)  # 1 / temperature; 1 is what Bayes would say i
 KEPT = "the reward vectors of seen users, without their ids: treat this model as personal data"
 
 
-class Neighbours(RewardModel):
+class Neighbours(WholeRewards, RewardModel):
     """Rewards of seen users, mixed for a new one: r_i(e) = sum_v w_iv mu_v . e over the k nearest seen users v.
 
     Near is who tells one's choices: s_iv = sum_j log sigma(m_vj), m_vj the margin of choice j of user i under the reward of v,
@@ -51,7 +50,6 @@ class Neighbours(RewardModel):
     Cost: `fit` a cheap personal fit for each fold and one more; `adapt` O(P `most`).
     """
 
-    rewards: Tensor
     nearest: Tensor
     sharpness: Tensor
 
@@ -79,23 +77,10 @@ class Neighbours(RewardModel):
         return cls(options["k"], temperature=temperature, most=options["most"])
 
     @property
-    def n_features(self) -> int:
-        return len(self.rewards)
-
-    @property
     def crowd_weights(self) -> Tensor:
         """(K,) everybody equally; (0,) where nobody is kept and the one reward is the crowd's."""
         n = self.rewards.shape[1]
         return self.rewards.new_full((n if n > 1 else 0,), 1 / max(1, n))
-
-    def features(self, embeddings: Embeddings) -> Tensor:
-        """(N, K): what every kept user would say."""
-        return embeddings.project(self.rewards)
-
-    def design(self, features: Tensor) -> tuple[Tensor, Tensor]:
-        if features.shape[1] == 1:
-            return features[:, 0], features[:, 1:]
-        return torch.zeros_like(features[:, 0]), features
 
     def fitted(self, data: EmbeddedPairs, *, seed: int, progress: Progress) -> tuple["Neighbours", None]:
         progress(0.0, "neighbours")
@@ -108,10 +93,7 @@ class Neighbours(RewardModel):
         if meeting.folds and len(candidates) > 1:
             losses = torch.full((1 + len(candidates), len(data.user_ids)), torch.nan, dtype=torch.float64)
             trial = trials.Trial(data, seed)
-            for f in range(meeting.folds):
-                progress(0.8 * f / meeting.folds, "how near a neighbour is")
-                held = torch.nonzero(meeting.fold == f)[:, 0].to(data.user_index.device)
-                people = meeting.people(f)
+            for held, people in meeting.turns(lambda share: progress(0.8 * share, "how near a neighbour is")):
                 losses[0, held.cpu()] = trial.alone(held, people.view.offset)[held].cpu().double()
                 losses[1:, held.cpu()] = self._judged(trial, held, people, candidates, seed)[:, held].cpu().double()
             curve = [trials.mean(row) for row in losses]

@@ -4,11 +4,13 @@ The personal fit is a cheap one and has nothing to choose: around the crowd's re
 pull away from it, N(m, S) by EM (`population`), and every user's weights at their posterior mode.
 """
 
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from palate.data.embeddings import Embeddings
 from palate.data.pairs import EmbeddedPairs
 from palate.models import crowd, population
 from palate.models.selection import WIDE, Crowds, Selection, View
@@ -34,6 +36,28 @@ class People(NamedTuple):
         return white
 
 
+class WholeRewards:
+    """Part of a model whose K base functions are whole rewards, the columns of `rewards` (D, K): of groups, or of people.
+
+    A single column is everybody's reward, which no weight changes.
+    """
+
+    rewards: Tensor
+
+    @property
+    def n_features(self) -> int:
+        return len(self.rewards)
+
+    def features(self, embeddings: Embeddings) -> Tensor:
+        """(N, K): what every column says."""
+        return embeddings.project(self.rewards)
+
+    def design(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        if features.shape[1] == 1:
+            return features[:, 0], features[:, 1:]
+        return torch.zeros_like(features[:, 0]), features
+
+
 class Meeting:
     """Fits the crowd once, and people around it as each fold sees them."""
 
@@ -48,7 +72,14 @@ class Meeting:
         self.offsets = crowds.offsets
         self._selection = Selection(data, design, self.fold, crowds, n_bases=WIDE, prior_variance=PRIOR_VARIANCE, seed=seed)
         self.counts = data.grouped().counts
+        self._device = data.user_index.device
         self.folds = self._selection.folds
+
+    def turns(self, say: Callable[[float], None]) -> Iterator[tuple[Tensor, People]]:
+        """For each fold the users (n,) who are held out, and the others as people; `say` hears the share done."""
+        for fold in range(self.folds):
+            say(fold / self.folds)
+            yield torch.nonzero(self.fold == fold)[:, 0].to(self._device), self.people(fold)
 
     def people(self, fold: int) -> People:
         """Everybody but the users of a fold; everybody for fold -1."""

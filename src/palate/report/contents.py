@@ -12,6 +12,7 @@ from palate.evaluation.result import Metric
 
 # Method names as people write them; any other name is shown as it is.
 LABELS: Mapping[str, str] = {
+    "attribute-prior": "Attribute prior",
     "bt": "Bradley-Terry",
     "hierarchical": "Hierarchical",
     "lore": "LoRe",
