@@ -40,7 +40,7 @@ def test_version_help_and_nothing(palate_command: Run) -> None:
     "command",
     [
         *("demo", "validate", "fit", "adapt", "rank", "compare", "train", "bench", "judge", "doctor", "data", "data synthetic"),
-        *("serve", "keys", "keys add", "export", "forget", "prune", "ask", "bases"),
+        *("serve", "keys", "keys add", "export", "forget", "prune", "retire", "ask", "bases"),
     ],
 )
 def test_every_command_has_help(command: str, palate_command: Run) -> None:

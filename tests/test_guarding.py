@@ -24,7 +24,7 @@ from starlette.testclient import TestClient
 from palate.errors import DataError, MismatchError, UnknownUserError
 from palate.server import problems
 from palate.server.batching import OverloadedError
-from palate.server.guarding import Bodies, Bucket, Guard, Limits, UserId, check_json, check_path
+from palate.server.guarding import PARTS, Bodies, Bucket, Guard, Limits, UserId, check_json, check_path
 from palate.server.observing import OTHERS, JsonLine, Log, Metrics, Observing, uvicorn_logging
 from palate.server.problems import Problem
 
@@ -127,6 +127,9 @@ def say(service: TestClient, body: bytes, **headers: str) -> Any:
         (b'{"text": "a", "times": NaN}', 422, "times"),
         (b'{"text": "a", "times": 1' + b"0" * 500 + b"}", 200, "a"),
         (b'{"text": "a", "next": 1}', 422, "body/next: Extra inputs are not permitted"),
+        (b'{"text": "a", "text": "Yes."}', 422, "twice"),
+        (b'{"text": "a", "times": [{"x": 1' + b"0" * 900 + b', "\\u0078": 1}]}', 422, "twice"),
+        (b'{"text": "a", "times": [{"x": 1}, {"x": 1}]}', 422, "times"),
         (b"", 422, "body: Field required"),
     ],
     ids=lambda value: repr(value)[:24],
@@ -141,6 +144,14 @@ def test_bodies(service: Service, body: bytes, status: int, why: str) -> None:
         problem = problems.ProblemBody.model_validate_json(found.content, strict=True)
         assert (problem.status, problem.request_id) == (status, found.headers["x-request-id"])
         assert "Yes." not in found.text  # what was sent is not sent back
+
+
+def test_a_body_of_nothing_but_parts_is_refused_before_it_is_parsed() -> None:
+    for part in (b"[],", b"{},"):
+        check_json(b"[" + part * (PARTS - 2) + b"1]", 5)
+        with pytest.raises(Problem, match="more than 100000 arrays and objects"):
+            check_json(b"[" + part * PARTS + b"1]", 5)
+    check_json(b'["' + b"[]{}" * PARTS + b'"]', 5)  # within a text they are none
 
 
 def test_what_no_schema_can_say_has_a_code_of_its_own(service: Service) -> None:

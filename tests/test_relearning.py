@@ -1,7 +1,7 @@
 """A log learned in one go: the profile that its events give one after another, kept even where nobody waits for it any more."""
 
 import asyncio
-import threading
+import importlib.util
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -9,13 +9,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import palate
-from palate.data.embeddings import Dense
-from palate.data.pairs import PairSet, Text
+from palate.data.pairs import PairSet
 from palate.encoders import Encoder
 from palate.errors import DataError
 from palate.living.consent import Consent
@@ -32,6 +30,14 @@ from palate.server.runtime import Runtime
 from palate.store import open_store
 from palate.store.records import Logged
 
+# tests/ is no package, so what stands beside this file is loaded by its path.
+_found = importlib.util.spec_from_file_location("letters", Path(__file__).with_name("letters.py"))
+assert _found is not None
+assert _found.loader is not None
+beside = importlib.util.module_from_spec(_found)
+_found.loader.exec_module(beside)
+Letters, model_of = beside.Letters, beside.model_of
+
 TEXTS = [f"Text {i}." for i in range(6)]
 ADA = ("default", "ada")
 FORGETS: dict[str, dict[str, Any]] = {
@@ -41,38 +47,6 @@ FORGETS: dict[str, dict[str, Any]] = {
 }
 
 
-class Letters(Encoder):
-    """Five features of a text, drawn from a generator that the text seeds; waits where `gate` is closed."""
-
-    spec = "letters"
-
-    def __init__(self) -> None:
-        self.gate, self.asked, self.n_texts = threading.Event(), threading.Event(), 0
-        self.gate.set()
-
-    def encode(self, texts: Sequence[Text]) -> Dense:
-        self.asked.set()
-        assert self.gate.wait(10)
-        self.n_texts += len(texts)
-        rows = [np.random.default_rng(list(f"{t.prompt}|{t.response}".encode())).standard_normal(5) for t in texts]
-        return Dense(torch.tensor(np.array(rows).reshape(len(texts), 5)))
-
-    def state(self) -> dict[str, Any]:
-        return {"encoder": "letters"}
-
-
-def model(seed: int = 0) -> palate.Hierarchical:
-    rng = np.random.default_rng(seed)
-    numbers = {
-        "direction": rng.standard_normal(5),
-        "bases": rng.standard_normal((5, 3)),
-        "share": np.array([0.7, 0.3]),
-        "means": 0.5 * rng.standard_normal((2, 3)),
-        "factors": np.stack([np.tril(rng.standard_normal((3, 3))) + 2 * np.eye(3) for _ in range(2)]),
-    }
-    return palate.Hierarchical().like({name: torch.tensor(value) for name, value in numbers.items()})
-
-
 @cache
 def sample() -> PairSet:
     return palate.synthetic(12, 8, seed=0).pairs
@@ -80,7 +54,7 @@ def sample() -> PairSet:
 
 @cache
 def lane(kind: str) -> Lane:
-    scorer = palate.Scorer(Letters(), model())
+    scorer = palate.Scorer(Letters(), model_of())
     return make_lane("m", scorer, Population.of(scorer.model, **FORGETS[kind]), sample=sample(), room=Room(max_wait=0.0))
 
 
@@ -195,7 +169,7 @@ def test_what_a_profile_refuses_a_draft_refuses_in_the_same_words() -> None:
 
 def test_a_page_of_more_texts_than_the_encoder_takes_at_once_is_learned() -> None:
     async def work() -> None:
-        scorer = palate.Scorer(Letters(), model())
+        scorer = palate.Scorer(Letters(), model_of())
         by = Lane("m", scorer, Population.of(scorer.model), room=Room(max_wait=0.0, max_queue=AT_ONCE + 1))
         says = [{"kind": "choice", "prompt": str(i), "chosen": "Yes.", "rejected": "No."} for i in range(AT_ONCE)]
         said = [Said(str(i), parse_feedback(one), 1.7e9) for i, one in enumerate(says)]
@@ -211,8 +185,8 @@ def test_a_page_of_more_texts_than_the_encoder_takes_at_once_is_learned() -> Non
 def test_what_nobody_waits_for_any_more_is_learned_and_kept(tmp_path: Path, asked: str) -> None:
     events = [parse_feedback({"kind": "choice", "prompt": str(i), "chosen": "Yes.", "rejected": "No."}) for i in range(20)]
 
-    def lane_of(encoder: Letters, seed: int) -> Lane:
-        scorer = palate.Scorer(encoder, model(seed))
+    def lane_of(encoder: Encoder, seed: int) -> Lane:
+        scorer = palate.Scorer(encoder, model_of(seed))
         return Lane("m", scorer, Population.of(scorer.model), room=Room(max_wait=0.0))
 
     async def work() -> None:
@@ -234,7 +208,7 @@ def test_what_nobody_waits_for_any_more_is_learned_and_kept(tmp_path: Path, aske
             async with asyncio.timeout(10):
                 while not (held := await new.people.held(ADA, reread=True)).lives:  # nobody asks
                     await asyncio.sleep(0.005)
-            assert (encoder.n_texts, held.last) == (2 * len(events), len(events))
+            assert (sum(map(len, encoder.calls)), held.last) == (2 * len(events), len(events))
             by = lane_of(Letters(), 1)
             said = [Said(one.event_id, event, one.at) for one, event in zip(store.events(*ADA), events, strict=True)]
             same(held.lives[by.fingerprint], one_after_another(by.population.start("ada"), said, await rewards(by, said), by))

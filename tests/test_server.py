@@ -3,6 +3,8 @@
 import asyncio
 import dataclasses
 import http.client
+import importlib.util
+import io
 import json
 import math
 import os
@@ -18,6 +20,7 @@ from collections.abc import Callable, Coroutine, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
 import pytest
 import torch
@@ -25,16 +28,15 @@ from fastapi.testclient import TestClient
 
 import palate
 from palate import serve_cli
-from palate.data.embeddings import Dense
 from palate.data.pairs import Choice, PairSet, Text
-from palate.encoders import Encoder
-from palate.errors import DataError, StoreBusyError
+from palate.errors import DataError, StoreBusyError, StoreFullError
 from palate.living.consent import Consent
 from palate.living.events import parse_feedback
+from palate.living.explain import HARD
 from palate.living.floor import Floor
 from palate.living.population import Population
 from palate.living.reading import Level, Reading
-from palate.server import parsing, running
+from palate.server import deleting, parsing, running
 from palate.server.access import KeyRing
 from palate.server.app import create_app
 from palate.server.batching import Batcher, OverloadedError, Rows
@@ -43,48 +45,27 @@ from palate.server.direct import Direct
 from palate.server.keys import mint
 from palate.server.lanes import Lane, Room, Shelf, keys_of
 from palate.server.loading import lane_of as make_lane
-from palate.server.observing import Metrics
+from palate.server.observing import Log, Metrics
 from palate.server.people import People
 from palate.server.runtime import RefusedError, Runtime
 from palate.server.shapes import GetRewardRequest
 from palate.store import Write, open_store
 from palate.store import records as store_records
+from palate.store.database import ProfileStore
+
+# tests/ is no package, so what stands beside this file is loaded by its path.
+_found = importlib.util.spec_from_file_location("letters", Path(__file__).with_name("letters.py"))
+assert _found is not None
+assert _found.loader is not None
+beside = importlib.util.module_from_spec(_found)
+_found.loader.exec_module(beside)
+Letters, model_of = beside.Letters, beside.model_of
 
 PROMPT = "How do I start?"
 TEXTS = [
     f"Answer number {i}, in {words} words." for i, words in enumerate(("few", "some", "many", "plain", "long", "kind", "odd"))
 ]
 ADA = ("default", "ada")
-
-
-class Letters(Encoder):
-    """Five features of a text, drawn from a generator that the text seeds; counts what it is asked."""
-
-    spec = "letters"
-
-    def __init__(self) -> None:
-        self.calls: list[list[Text]] = []
-
-    def encode(self, texts: Sequence[Text]) -> Dense:
-        self.calls.append(list(texts))
-        rows = [np.random.default_rng(list(f"{t.prompt}|{t.response}".encode())).standard_normal(5) for t in texts]
-        return Dense(torch.tensor(np.array(rows).reshape(len(texts), 5)))
-
-    def state(self) -> dict[str, Any]:
-        return {"encoder": "letters"}
-
-
-def model_of(seed: int = 0) -> palate.Hierarchical:
-    """Three weights over five features, types of people and all, in double precision."""
-    rng = np.random.default_rng(seed)
-    numbers = {
-        "direction": rng.standard_normal(5),
-        "bases": rng.standard_normal((5, 3)),
-        "share": np.array([0.7, 0.3]),
-        "means": 0.5 * rng.standard_normal((2, 3)),
-        "factors": np.stack([np.tril(rng.standard_normal((3, 3))) + 2 * np.eye(3) for _ in range(2)]),
-    }
-    return palate.Hierarchical().like({name: torch.tensor(value) for name, value in numbers.items()})
 
 
 def lane_of(name: str = "m", seed: int = 0, *, level: bool = True, room: Room | None = None) -> Lane:
@@ -240,6 +221,18 @@ def test_batches_and_households(client: TestClient) -> None:
     assert [one["reward"] for one in group["results"]] == pytest.approx(least)
 
 
+def test_what_a_batch_has_of_one_user_is_done_in_its_order(client: TestClient) -> None:
+    agree(client)
+    asked = [{"user_id": "ada", "events": [chosen(TEXTS[0], TEXTS[1], event_id=f"e{n}")]} for n in range(0, 12, 2)]
+    undone = [{"user_id": "ada", "events": [{"kind": "undo", "of": f"e{n}"}]} for n in range(0, 12, 2)]
+    mixed = [one for both in zip(asked, undone, strict=True) for one in both]
+    found = client.post("/v1/feedback", json={"requests": [*mixed, {"user_id": "ben", "events": asked[0]["events"]}]}).json()
+    assert [(one["user_id"], one["status"], one["version"]) for one in found["results"]] == [
+        *(("ada", 200, version) for version in range(2, 14)),
+        ("ben", 403, None),
+    ]
+
+
 def test_a_question_is_worth_asking_and_one_with_a_known_answer_is_not(client: TestClient) -> None:
     pool = [{"prompt": PROMPT, "candidates": TEXTS[:2]}, {"prompt": PROMPT, "candidates": TEXTS[:5]}]
     for rule in ("targeted", "information", "thompson", "d-optimal", "random"):
@@ -300,6 +293,21 @@ def test_feedback_needs_a_consent_in_force(client: TestClient) -> None:
     agree(client, granted=False)
     assert client.post("/v1/users/ada/feedback", json=event).status_code == 403
     assert client.get("/v1/users/ada").json()["n_events"] == 1
+
+
+def test_who_repeats_a_request_after_consent_was_withdrawn_is_told_what_came_of_it(client: TestClient) -> None:
+    agree(client)
+    event = chosen(TEXTS[0], TEXTS[1])
+    first = give(client, event, key="k")
+    agree(client, granted=False)
+    again = client.post("/v1/users/ada/feedback", json=event, headers={"Idempotency-Key": "k"})
+    assert (again.status_code, again.json(), again.headers["Idempotent-Replayed"]) == (200, first, "true")
+    other = client.post("/v1/users/ada/feedback", json=chosen(TEXTS[1], TEXTS[0]), headers={"Idempotency-Key": "k"})
+    assert (other.status_code, other.json()["code"]) == (409, "refused_key")
+    new = client.post("/v1/users/ada/feedback", json=event, headers={"Idempotency-Key": "new"})
+    assert (new.status_code, new.json()["code"]) == (403, "refused_consent")
+    found = client.get("/v1/users/ada").json()
+    assert (found["n_events"], found["version"]) == (1, 3)
 
 
 def test_a_request_under_a_key_is_done_once(client: TestClient) -> None:
@@ -472,7 +480,7 @@ def test_somebody_deleted_elsewhere_is_not_remembered(url: str) -> None:
     run(work())
 
 
-def test_a_slow_disk_holds_up_the_loop_once_a_minute_at_most(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_slow_disk_holds_up_the_loop_once_in_five_seconds_at_most(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     now, disk, readers = [0.0], [0.001], []
 
     def read(tenant: str, user_id: str) -> None:
@@ -483,7 +491,7 @@ def test_a_slow_disk_holds_up_the_loop_once_a_minute_at_most(url: str, monkeypat
         for number, took in enumerate((0.001, 0.5, 0.5, 0.001)):
             disk[0] = took
             await people.person((ADA[0], f"user {number}"))
-        now[0] += 60
+        now[0] += 5
         await people.person((ADA[0], "somebody"))
 
     with open_store(url) as store:
@@ -512,6 +520,108 @@ def test_of_somebody_deleted_elsewhere_nothing_is_held_whoever_asks(url: str) ->
     run(work())
 
 
+def test_deletions_that_come_together_share_a_rewrite_of_the_files(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = [f"marked-{number:02d}" for number in range(30)]
+    going, may_end, scrub = threading.Event(), threading.Event(), ProfileStore.scrub
+
+    def slow(store: ProfileStore) -> None:
+        going.set()
+        assert may_end.wait(10)
+        scrub(store)
+
+    async def work() -> None:
+        with open_store(url) as store:
+            server = Runtime([lane_of()], store)
+            for name in (*names, "ben"):
+                await server.agreed((ADA[0], name), Consent(purpose="personalise", text_version="1", granted=True, at=1.7e9))
+                await server.feedback((ADA[0], name), [parse_feedback(chosen(TEXTS[0], f"A phrase of {name}."))])
+            done = await asyncio.gather(*(server.deleted((ADA[0], name)) for name in names[:20]))
+            assert [one[1:] for one in done] == [(1, True)] * 20
+            assert server.deleter.rewrites <= 2
+            assert not left(*names[:20])
+            assert left(names[20]) == {"profiles.db"}
+            before = server.deleter.rewrites
+            monkeypatch.setattr(ProfileStore, "scrub", slow)
+            first = asyncio.create_task(server.deleted((ADA[0], names[20])))
+            await asyncio.to_thread(going.wait, 10)
+            others = [asyncio.create_task(server.deleted((ADA[0], name))) for name in names[21:]]
+            await asyncio.sleep(0.05)
+            others[-1].cancel()  # whoever leaves does not end it
+            assert store.read(ADA[0], names[21]) is not None  # or the rewrite under way would be taken for its own
+            await asyncio.wait_for(server.people.held((ADA[0], "ben"), reread=True), 10)  # no thread waits for it
+            may_end.set()
+            assert (await first).scrubbed
+            assert all([(await other).scrubbed for other in others[:-1]])
+            await server.close()
+            assert server.deleter.rewrites == before + 2
+            assert not left(*names)
+            assert store.unscrubbed() == 0
+
+    def left(*words: str) -> set[str]:
+        return {path.name for path in Path(url).parent.iterdir() for word in words if word.encode() in path.read_bytes()}
+
+    run(work())
+
+
+def test_a_rewrite_that_a_process_left_behind_is_done_by_the_next(url: str) -> None:
+    with open_store(url) as store:
+        store.write([Write("default", "marked", 0, consent=store_records.Consent("personalise", "1", 1.7e9))])
+        store.delete("default", "marked", scrub=False)
+        assert store.unscrubbed() == 1
+        with served(Runtime([lane_of()], store)):
+            pass
+        assert store.unscrubbed() == 0
+
+
+def test_a_rewrite_that_fails_is_tried_again(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    scrub, full = ProfileStore.scrub, [True, True, False]
+
+    def sometimes(store: ProfileStore) -> None:
+        if full.pop(0):
+            raise StoreFullError("no room")
+        scrub(store)
+
+    async def work() -> None:
+        with open_store(url) as store:
+            server = Runtime([lane_of()], store)
+            await server.agreed(ADA, Consent(purpose="personalise", text_version="1", granted=True, at=1.7e9))
+            assert (await server.deleted(ADA)).scrubbed is False
+            assert store.unscrubbed() == 1
+            async with asyncio.timeout(10):
+                while store.unscrubbed():
+                    await asyncio.sleep(0.01)
+            await server.close()
+
+    monkeypatch.setattr(ProfileStore, "scrub", sometimes)
+    monkeypatch.setattr(deleting, "RETRY", 0.01)
+    run(work())
+    assert full == []
+
+
+def test_the_log_says_once_that_deletions_by_others_cannot_be_seen(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines, answers, asleep = io.StringIO(), [0, StoreBusyError("ada"), StoreBusyError("ada"), 0, 0], asyncio.sleep
+
+    def deletions(store: ProfileStore) -> int:
+        found = answers.pop(0) if answers else 0
+        if isinstance(found, StoreBusyError):
+            raise found
+        return found
+
+    monkeypatch.setattr(ProfileStore, "deletions", deletions)
+    monkeypatch.setattr(asyncio, "sleep", lambda seconds: asleep(0))
+    with open_store(url) as store, served(Runtime([lane_of()], store), log=Log(lines)):
+        until = time.monotonic() + 10
+        while answers and time.monotonic() < until:
+            time.sleep(0.005)
+    said = [json.loads(line) for line in lines.getvalue().splitlines()]
+    assert [(line["event"], line["level"]) for line in said] == [
+        ("deletions by others cannot be seen", "error"),
+        ("deletions by others are seen again", "info"),
+    ]
+    assert said[0]["error"].startswith("palate.errors.StoreBusyError")
+    assert "ada" not in lines.getvalue()
+
+
 def test_an_explanation_and_an_axis_turned_by_hand(url: str) -> None:
     data = palate.synthetic(12, 8, seed=0).pairs
     lane = lane_of_sample(data)
@@ -531,13 +641,18 @@ def test_an_explanation_and_an_axis_turned_by_hand(url: str) -> None:
         for _ in range(2):  # under one key, so that it is done once, and not twice as far
             done = client.patch(f"/v1/users/ada/axes/{axis}", json={"by": -1.0}, headers={"Idempotency-Key": "down"})
             assert done.json()["event_ids"] == [f"axis:{axis.replace(' ', '-')}"], done.text
+        assert done.headers["Idempotent-Replayed"] == "true"
         assert client.get("/v1/users/ada").json()["n_events"] == 2
         after = {one["axis"]: one for one in client.get("/v1/users/ada/explain").json()["likings"]}[axis]
         assert after["worth"] == pytest.approx(worth[axis] - after["people_std"], abs=0.1 * after["people_std"])
         give(client, {"kind": "undo", "of": done.json()["event_ids"][0]})
         assert rewards(client) == pytest.approx(before, abs=1e-6)
         assert client.patch("/v1/users/ada/axes/sorcery", json={"to": 0.0}).json()["code"] == "unknown_axis"
-        assert client.patch(f"/v1/users/ada/axes/{axis}", json={}).status_code == 422
+        for wrong in ({}, {"to": 0.0, "softness": 1e-9}):
+            assert client.patch(f"/v1/users/ada/axes/{axis}", json=wrong).status_code == 422
+        hard = [client.patch(f"/v1/users/ada/axes/{name}", json={"to": 100.0, "softness": HARD}) for name in worth]
+        assert {one.status_code for one in hard} == {200}  # all of them at once, although they cannot all be
+        assert np.isfinite(rewards(client)).all()
         personal = client.post("/v1/users/ada/score", json={"prompt": PROMPT, "candidates": TEXTS, "at_least": 0.5})
         assert personal.status_code == 422  # no floor was given
     floored = dataclasses.replace(Floor.fit(lane.scorer.model, Letters().embed(data)), share=np.eye(6)[0])
@@ -548,6 +663,29 @@ def test_an_explanation_and_an_axis_turned_by_hand(url: str) -> None:
             found = client.post("/v1/users/ada/score", json=body).json()
             assert found["personal"] is believed
             assert (found["rewards"] == pytest.approx(oracle([]).tolist())) is not believed
+
+
+def test_two_steps_along_an_axis_at_once_are_two(url: str) -> None:
+    lane = lane_of_sample(palate.synthetic(12, 8, seed=0).pairs)
+    axis = lane.explains().axes[0]
+
+    async def work() -> None:
+        with open_store(url) as store:
+            server = Runtime([lane], store)
+            await server.agreed(ADA, Consent(purpose="personalise", text_version="1", granted=True, at=1.7e9))
+            over = httpx.ASGITransport(create_app(server))
+            async with httpx.AsyncClient(transport=over, base_url="http://127.0.0.1") as client:
+                step = {"json": {"by": -1.0, "softness": 0.001}}
+                both = await asyncio.gather(*(client.patch(f"/v1/users/ada/axes/{axis}", **step) for _ in range(2)))
+            assert sorted(one.json()["version"] for one in both) == [2, 3]
+            _, _, life = await server.life(ADA)
+            start = lane.population.start("ada")
+            first = lane.explains().edited(start, lane.explains().edit(axis, start, by=-1.0, softness=0.001))
+            second = lane.explains().edited(first, lane.explains().edit(axis, first, by=-1.0, softness=0.001))
+            np.testing.assert_allclose(life.mean, second.mean, atol=1e-6)
+            await server.close()
+
+    run(work())
 
 
 # -- a new model

@@ -187,6 +187,7 @@ app.command("serve")(serve_cli.serve)
 app.command("export")(store_cli.export)
 app.command("forget")(store_cli.forget)
 app.command("prune")(store_cli.prune)
+app.command("retire")(store_cli.retire)
 
 
 @app.command()

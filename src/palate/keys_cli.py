@@ -70,7 +70,7 @@ def list_(
         terminal.note("there are no keys; make one with palate keys add")
         return
     columns = ("key", "tenant", "scopes", "name", "made", "state")
-    rows = [(str(key.id), key.tenant, ", ".join(key.scopes), key.name, _day(key.created), _state(key)) for key in found]
+    rows = [(str(key.id), key.tenant, ", ".join(key.scopes), key.name, day(key.created), _state(key)) for key in found]
     terminal.show(terminal.table("Keys", columns, rows))
 
 
@@ -93,17 +93,18 @@ def seconds(given: str, option: str) -> float:
     return int(found[1]) * UNITS[found[2]]
 
 
-def _day(seconds: float) -> str:
+def day(seconds: float) -> str:
+    """A moment in unix seconds as a date here."""
     return time.strftime("%Y-%m-%d", time.localtime(seconds))
 
 
 def _until(expires: float | None) -> str:
-    return "without an end" if expires is None else f"until {_day(expires)}"
+    return "without an end" if expires is None else f"until {day(expires)}"
 
 
 def _state(key: "ApiKey") -> str:
     if key.revoked is not None:
-        return f"revoked {_day(key.revoked)}"
+        return f"revoked {day(key.revoked)}"
     if key.expires is not None and key.expires <= time.time():
-        return f"expired {_day(key.expires)}"
+        return f"expired {day(key.expires)}"
     return _until(key.expires)

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 L = TypeVar("L", LiveProfile, "Draft")
 
 SOFT = 0.1  # how firmly an axis is held where the person set it, in standard deviations of people along it
+HARD = 1e-5  # the firmest: a fixed rule to five digits; far below it nothing can be solved for in float64
 NARROW = 1e-6  # of the widest axis: people do not differ along one that is narrower
 TOLD = 5  # most choices that are told
 
@@ -43,7 +44,7 @@ class AxisEdit(Event):
     to: float = Field(
         ge=-100, le=100, allow_inf_nan=False, description="log-odds of a standard deviation more; 0: it does not count"
     )
-    softness: float = Field(default=SOFT, gt=0, le=10, allow_inf_nan=False, description="smaller holds more firmly")
+    softness: float = Field(default=SOFT, ge=HARD, le=10, allow_inf_nan=False, description="smaller holds more firmly")
 
     @property
     def name(self) -> str:
@@ -249,9 +250,9 @@ class Explainer:
             raise DataError(f"by is {by} and to is {to}; expected exactly one of them")
         now = float(self._worth(np.asarray(profile.mean, dtype=np.float64))[place])
         level = now + by * people if by is not None else to
-        if level is None or not np.isfinite(level) or abs(level) > 100 or not 0 < softness <= 10:
+        if level is None or not np.isfinite(level) or abs(level) > 100 or not HARD <= softness <= 10:
             raise DataError(
-                f"{axis!r} set to {level} with softness {softness}; expected at most 100 log-odds, and 0 < softness <= 10"
+                f"{axis!r} set to {level} with softness {softness}; expected at most 100 log-odds, and {HARD} <= softness <= 10"
             )
         return AxisEdit(axis=axis, to=float(level), softness=softness)
 

@@ -65,8 +65,8 @@ def learn_trust(
 
     Of each person the later half of their choices between two is held out; everything that they did before the first of these
     makes a profile, under each multiplier in turn, and the loss is that of the log-odds that the model states. One kind after the
-    other, the most frequent first. A multiplier replaces the one in `reading` only where it is better by more than one standard error of
-    the difference over people: where the data do not say, nothing changes.
+    other, the most frequent first. A multiplier replaces the one in `reading` only where it is better by more than one standard
+    error of the difference over people: where the data do not say, nothing changes.
 
     Args:
         histories: of each person, in the order of time, what they did, with the rewards of its `responses()`.

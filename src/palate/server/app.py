@@ -3,7 +3,7 @@
 import asyncio
 import time
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from typing import Annotated
 
 from fastapi import APIRouter, FastAPI, Request, Response, Security
@@ -17,7 +17,7 @@ from palate.server.guarding import Bodies, Guard, Limits
 from palate.server.observing import Log, Metrics, Observing
 from palate.server.parsing import taken, takes
 from palate.server.people import People
-from palate.server.problems import Problem, documented
+from palate.server.problems import Failure, Problem, documented
 from palate.server.readapting import Readapter
 from palate.server.runtime import RefusedError, Runtime, UnknownModelError, UnlearnedError
 from palate.version import __version__
@@ -63,7 +63,8 @@ def create_app(
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         if readapt:
             readapter.start(runtime.lanes[0])
-        recalling = asyncio.create_task(_recalling(runtime.people))
+        runtime.deleter.resume()
+        recalling = asyncio.create_task(_recalling(runtime.people, log))
         yield
         recalling.cancel()
         await readapter.stop()
@@ -98,11 +99,23 @@ def create_app(
     return app
 
 
-async def _recalling(people: People) -> None:
-    """See to it that who was deleted by another process is in no cache for longer than that is fresh."""
+async def _recalling(people: People, log: Log | None) -> None:
+    """See to it that who was deleted by another process is in no cache for longer than that is fresh.
+
+    A store that does not answer is asked again in time. The log has a line when it stops answering, and one when it does again.
+    """
+    silent = False
     while True:
-        with suppress(StoreError):  # asked again in time
+        try:
             await people.recall()
+        except StoreError as error:
+            if log is not None and not silent:
+                log.failed("deletions by others cannot be seen", Failure.of(error))
+            silent = True
+        else:
+            if log is not None and silent:
+                log.say("deletions by others are seen again")
+            silent = False
         await asyncio.sleep(max(1.0, people.fresh))
 
 

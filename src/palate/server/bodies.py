@@ -8,8 +8,10 @@ from palate.data.pairs import Message, Prompt
 from palate.living.consent import Consent
 from palate.living.events import Feedback
 from palate.living.evidence import MAX_TEXT, MAX_TURNS, Turn
+from palate.living.explain import HARD, SOFT
 from palate.server.guarding import UserId
 
+REPLAYED = {"Idempotent-Replayed": "true"}  # headers of an answer that an earlier request under the same key had
 MOST_TEXTS = 1000  # in one request
 MOST_EVENTS = 100
 MOST_USERS = 100
@@ -238,7 +240,7 @@ class AxisChange(Request):
     model_config = ConfigDict(json_schema_extra={"examples": [{"by": -1.0}, {"to": 0.0}]})
     by: float | None = Field(None, ge=-10, le=10, allow_inf_nan=False, description="-1: down, +1: up.")
     to: float | None = Field(None, ge=-100, le=100, allow_inf_nan=False, description="In log-odds; 0: off.")
-    softness: float = Field(0.1, gt=0, le=10, allow_inf_nan=False, description="By how much the choices may still argue.")
+    softness: float = Field(SOFT, ge=HARD, le=10, allow_inf_nan=False, description="By how much the choices may still argue.")
 
 
 class UserSummary(BaseModel):

@@ -10,11 +10,12 @@ from typing import Any, NamedTuple
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
 from starlette.routing import Match, Route
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from palate.server.access import permitted
+from palate.server.guarding import LARGE, again
 from palate.server.keys import Scoped
-from palate.server.parsing import LARGE, Key, User, reader
+from palate.server.parsing import Key, User, reader
 from palate.server.people import Who
 from palate.server.problems import Problem
 
@@ -75,7 +76,7 @@ class Direct(Route):
         asked = None if message.get("more_body") else self._asked(scope, message.get("body", b""))
         if asked is None:
             scope.setdefault("state", {})[_PASSED] = True
-            await self.rest(scope, _after(message, receive), send)
+            await self.rest(scope, again(message, receive), send)
             return
         body, headers = await self.answer(asked)
         sent = body.__pydantic_serializer__.to_json(body)
@@ -95,17 +96,3 @@ class Direct(Route):
             return Asked((caller.tenant, user_id), self.read(body), _KEY.validate_python(key))
         except (Problem, ValidationError):
             return None
-
-
-def _after(message: Message, receive: Receive) -> Receive:
-    """A `receive` that gives a message once more, and then what comes."""
-    given = False
-
-    async def replay() -> Message:
-        nonlocal given
-        if given:
-            return await receive()
-        given = True
-        return message
-
-    return replay

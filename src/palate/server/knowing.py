@@ -3,13 +3,14 @@
 import asyncio
 import json
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Annotated
 
 import numpy as np
 import torch
-from fastapi import APIRouter, Query, Security
+from fastapi import APIRouter, Query, Response, Security
 
-from palate.errors import DataError
+from palate.errors import DataError, StoreBusyError
 from palate.living.explanation import Explanation
 from palate.living.profile import LiveProfile
 from palate.living.terms import Rewards
@@ -26,10 +27,10 @@ from palate.questions import (
 )
 from palate.questions import Question as AnyRule
 from palate.server.access import Caller, needs
-from palate.server.bodies import AxisChange, FeedbackAnswer, Question, QuestionAnswer, QuestionRequest, prompt_of
+from palate.server.bodies import REPLAYED, AxisChange, FeedbackAnswer, Question, QuestionAnswer, QuestionRequest, prompt_of
 from palate.server.parsing import Key, User, taken, takes
 from palate.server.problems import Problem, documented
-from palate.server.runtime import Runtime, unknown
+from palate.server.runtime import ATTEMPTS, OutdatedError, Runtime, unknown
 
 RULES: dict[str, Callable[[], AnyRule]] = {
     "information": MutualInformation,
@@ -91,18 +92,24 @@ def router(runtime: Runtime) -> APIRouter:
         user_id: User,
         axis: User,
         caller: Annotated[Caller, Security(needs("feedback"))],
+        response: Response,
         body: Annotated[AxisChange, taken(AxisChange)],
         idempotency_key: Key = None,
     ) -> FeedbackAnswer:
         who = caller.tenant, user_id
-        _, lane, life = await runtime.life(who)
-        explainer = lane.explains()
-        if axis not in explainer.axes:
-            raise Problem(404, f"there is no such axis; expected one of {', '.join(explainer.axes)}", code="unknown_axis")
-        edit = explainer.edit(axis, life, by=body.by, to=body.to, softness=body.softness)
         said = json.dumps([axis, body.model_dump()])  # the same request later finds the profile elsewhere, so the edit differs
-        done = await runtime.feedback(who, [edit], idempotency_key, said)
-        return FeedbackAnswer(user_id=user_id, version=done.version, event_ids=list(done.event_ids))
+        for _ in range(ATTEMPTS):
+            held, lane, life = await runtime.life(who)
+            explainer = lane.explains()
+            if axis not in explainer.axes:
+                raise Problem(404, f"there is no such axis; expected one of {', '.join(explainer.axes)}", code="unknown_axis")
+            edit = explainer.edit(axis, life, by=body.by, to=body.to, softness=body.softness)
+            as_of = None if body.by is None else held.version  # two steps at once are two, and not the same one twice
+            with suppress(OutdatedError):
+                done = await runtime.feedback(who, [edit], idempotency_key, said, as_of=as_of)
+                response.headers.update(REPLAYED if done.before else {})
+                return FeedbackAnswer(user_id=user_id, version=done.version, event_ids=list(done.event_ids))
+        raise StoreBusyError(f"{ATTEMPTS} times somebody else wrote first for this user; try again in a moment")
 
     return out
 

@@ -1,6 +1,9 @@
 """Palate's own routes: users with their consent, feedback, rankings, questions and explanations."""
 
 import asyncio
+from collections.abc import Sequence
+from itertools import chain
+from operator import itemgetter
 from typing import Annotated, Any
 
 import numpy as np
@@ -12,6 +15,7 @@ from palate.living.consent import Consent
 from palate.living.together import mean, together, worst_off
 from palate.server.access import Caller, needs
 from palate.server.bodies import (
+    REPLAYED,
     ConsentAnswer,
     DeleteAnswer,
     FeedbackAnswer,
@@ -158,7 +162,7 @@ def router(runtime: Runtime) -> APIRouter:
         operation_id="give_feedback_many",
         tags=["feedback"],
         summary="Keep what several users did",
-        description="Each user's events are kept or refused on their own; the answer says which.",
+        description="Each request is kept or refused on its own, a user's in the order given; the answer says which.",
         responses=documented(409),
         openapi_extra=takes(FeedbackMany),
     )
@@ -171,7 +175,14 @@ def router(runtime: Runtime) -> APIRouter:
                 return Outcome(user_id=asked.user_id, status=problem.status_code, detail=str(problem.detail))
             return Outcome(user_id=asked.user_id, status=200, version=done.version, event_ids=list(done.event_ids), detail="")
 
-        return FeedbackManyAnswer(results=await asyncio.gather(*(one(asked) for asked in body.requests)))
+        async def in_order(places: Sequence[int]) -> list[tuple[int, Outcome]]:
+            return [(place, await one(body.requests[place])) for place in places]
+
+        of_users: dict[str, list[int]] = {}
+        for place, asked in enumerate(body.requests):
+            of_users.setdefault(asked.user_id, []).append(place)
+        found = await asyncio.gather(*map(in_order, of_users.values()))
+        return FeedbackManyAnswer(results=[outcome for _, outcome in sorted(chain(*found), key=itemgetter(0))])
 
     # -- users
 
@@ -289,7 +300,7 @@ async def taught(runtime: Runtime, who: Who, body: Any, key: str | None) -> tupl
     """What to say of feedback that is kept and learned from, with the headers of the answer."""
     events = body.events if isinstance(body, FeedbackBatch) else [body]
     done = await runtime.feedback(who, events, key)
-    headers = {"Idempotent-Replayed": "true"} if done.before else {}
+    headers = REPLAYED if done.before else {}
     return FeedbackAnswer(user_id=who[1], version=done.version, event_ids=list(done.event_ids)), headers
 
 

@@ -13,10 +13,9 @@ from fastapi import Depends, FastAPI, Header, Path, Request
 from pydantic import TypeAdapter, ValidationError
 
 from palate.errors import DataError
-from palate.server.guarding import UserId
+from palate.server.guarding import LARGE, UserId
 from palate.server.problems import Problem, invalid
 
-LARGE = 256 * 1024  # bytes of a body that is parsed in a thread, because it takes milliseconds
 REFERENCE = "#/components/schemas/{model}"
 
 User = Annotated[UserId, Path(description="The user's id: up to 256 characters, percent-encoded, without a slash.")]

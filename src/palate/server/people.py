@@ -26,8 +26,11 @@ V = TypeVar("V")
 T = TypeVar("T")
 Who = tuple[str, str]  # tenant, user id
 
-SLOW = 0.02  # seconds of a read of a file, which should take half a millisecond, that say that its disk is not quick
-CAUTIOUS = 60.0  # seconds for which files are then read by threads
+# A read of a file should take half a millisecond. One of SLOW seconds says that the disk is not quick, and for CAUTIOUS seconds
+# files are then read by threads. On a shared machine a read is now and then preempted for 20 ms and more, and ranking through
+# threads costs several times as much (p99 at 500 a second: 12 to 51 ms; with these two numbers 10 to 12; never through threads
+# 8 to 11). So neither a short wait nor for long: a disk that is really slow holds up the loop for one read in five seconds.
+SLOW, CAUTIOUS = 0.05, 5.0
 
 
 class Person(NamedTuple):
@@ -163,7 +166,7 @@ class People:
 
         Handing a read of SQLite to a thread and back costs more than the read, and under load the wait for the interpreter's lock
         makes several times of the slowest ranks. A log being written blocks no reader, but a disk may: after one slow read the
-        reads of a minute go to threads, so that it holds up everybody once a minute at most.
+        reads of five seconds go to threads, so that it holds up everybody once in five seconds at most.
         """
         began = self._clock()
         if began < self._threads_until or not self.store.is_file:

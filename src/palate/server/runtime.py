@@ -10,7 +10,7 @@ import json
 import time
 import uuid
 from collections.abc import Callable, Sequence
-from functools import partial
+from contextlib import suppress
 from typing import Any, NamedTuple
 from weakref import WeakValueDictionary
 
@@ -18,12 +18,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from palate.data.pairs import Prompt
-from palate.errors import DataError, PalateError, StoreBusyError, StoreError, UnknownUserError
+from palate.errors import DataError, PalateError, StoreBusyError, UnknownUserError
 from palate.living import consent
 from palate.living.events import AHEAD, Feedback, check_time
 from palate.living.explain import AxisEdit
 from palate.living.profile import LiveProfile
 from palate.living.terms import Rewards
+from palate.server.deleting import Deleter
 from palate.server.lanes import Lane
 from palate.server.learning import Said, from_log, learned, rewards
 from palate.server.people import Held, People, Person, Who
@@ -31,7 +32,6 @@ from palate.store.committing import Committer
 from palate.store.database import ProfileStore
 from palate.store.records import Consent, Deleted, Event, Listed, Outcome, Refused, Replayed, Write, Written
 
-SCRUB = 5.0  # seconds that the answer to a deletion waits for the store's files to be written anew
 ATTEMPTS = 8  # of a write that others were faster than
 PAGE = 500  # events of a log that are read at a time
 
@@ -45,6 +45,10 @@ class RefusedError(PalateError, ValueError):
 
     def __str__(self) -> str:
         return str(self.args[0])
+
+
+class OutdatedError(PalateError, RuntimeError):
+    """What was to be kept was worked out from a profile that is not the user's any more: work it out again."""
 
 
 class UnlearnedError(PalateError, RuntimeError):
@@ -93,10 +97,9 @@ class Runtime:
         self.store, self.text_version = store, text_version
         self.committer = Committer(store) if committer is None else committer
         self.people = People(lanes, store) if people is None else people
+        self.deleter = Deleter(self.people)
         self.on_conflict: Callable[[], object] = int
         self.on_event: Callable[[str], object] = len
-        self._scrubbing, self._deletions, self._overwritten = asyncio.Lock(), 0, 0
-        self._tasks: set[asyncio.Task[bool]] = set()
         self._relearning: dict[tuple[Who, str], asyncio.Task[Held]] = {}
         self._turns: WeakValueDictionary[Who, asyncio.Lock] = WeakValueDictionary()
 
@@ -123,7 +126,7 @@ class Runtime:
         await asyncio.gather(*self._relearning.values(), return_exceptions=True)
         for lane in self.lanes:
             await lane.batcher.close()
-        await asyncio.gather(*self._tasks)
+        await self.deleter.close()
         await asyncio.to_thread(self.committer.close)
         self.people.close()
 
@@ -175,17 +178,25 @@ class Runtime:
     # -- feedback
 
     async def feedback(
-        self, who: Who, events: Sequence[Feedback | AxisEdit], key: str | None = None, request: str | None = None
+        self,
+        who: Who,
+        events: Sequence[Feedback | AxisEdit],
+        key: str | None = None,
+        request: str | None = None,
+        *,
+        as_of: int | None = None,
     ) -> Acknowledged:
         """Learn from a user's events and keep them, all or none; returns when they are on the disk.
 
         Args:
             key: of idempotency: the second request under it changes nothing and gets the first one's answer.
             request: what makes a request under the key the same one, where the events do not.
+            as_of: the version of the user that the events were worked out from, where they depend on it.
 
         Raises:
             RefusedError: no consent, an id that is taken, a key that stands for something else.
             DataError: an event that cannot be learned from.
+            OutdatedError: the user is at another version than `as_of`.
             OverloadedError, StoreError: not now; nothing was kept.
         """
         now = time.time()
@@ -199,14 +210,19 @@ class Runtime:
             for attempt in range(ATTEMPTS):
                 held = await self.people.held(who, reread=attempt > 0)
                 try:
+                    if as_of not in (None, held.version):
+                        raise OutdatedError(f"the user is at version {held.version}, and what came was worked out from {as_of}")
                     held, lives = await self._lives_after(held, who, said)
-                except DataError:  # done before under this key, it cannot be learned once more: what is undone is not there
+                    expected = held.version
+                except (DataError, OutdatedError, RefusedError):
+                    # Done before under this key, it cannot be done once more: what is undone is not there, or consent was
+                    # withdrawn since. The answer of then is what a key promises, and to give it nothing is kept.
                     if key is None or await self.people.call(self.store.answer, *who, key) is None:
                         raise
-                    lives = {}  # the store will say what came of it then
+                    lives, expected = {}, 0  # a version that nobody who is there has: the store looks at the key, and no further
                 states = {name: life.to_bytes() for name, life in lives.items()}
                 answer = None if key is None else json.dumps(ids)
-                write = Write(*who, expected=held.version, events=logged, states=states, key=key, answer=answer, request=request)
+                write = Write(*who, expected=expected, events=logged, states=states, key=key, answer=answer, request=request)
                 outcome = await self._written(who, write)
                 if isinstance(outcome, Written):
                     self.people.keep(who, Held(outcome.version, held.consent, outcome.last, lives, self.people.now()))
@@ -230,8 +246,9 @@ class Runtime:
         """Have somebody whom no model has learned learned, before their turn: whoever gives up waiting would end it there."""
         held = await self.people.held(who)
         if held.last and not held.lives:
-            self._consented(held)
-            await self.relearned(who, self.lanes[0])
+            with suppress(RefusedError):  # said in their turn
+                self._consented(held)
+                await self.relearned(who, self.lanes[0])
 
     async def _lives_after(self, held: Held, who: Who, said: Sequence[Said]) -> tuple[Held, dict[str, LiveProfile]]:
         """The profiles with the events in them, under every lane that is up to date (one at least, which sees to it that the
@@ -331,37 +348,14 @@ class Runtime:
     async def deleted(self, who: Who) -> Deleted:
         """Remove everything about a user, from the caches too.
 
-        The rows are gone when this returns; `scrubbed` is False where writing the files anew takes more than `SCRUB` seconds.
+        The rows are gone when this returns; for `scrubbed` see `deleting.Deleter.delete`.
 
         Raises `UnknownUserError` for somebody who is not there.
         """
-        async with self._turn(who):
-            self.people.forget(who)
-            try:
-                done: Deleted = await self.people.call(partial(self.store.delete, scrub=False), *who)
-            finally:
-                self.people.forget(who)
+        done = await self.deleter.delete(who, self._turn(who))
         if not done.found:
             raise unknown()
-        self._deletions += 1
-        self.people.deleted += 1
-        task = asyncio.get_running_loop().create_task(self._scrubbed(self._deletions))
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-        ended, _ = await asyncio.wait({task}, timeout=SCRUB)
-        return done._replace(scrubbed=bool(ended) and task.result())
-
-    async def _scrubbed(self, deletion: int) -> bool:
-        """Have the store overwrite what deleted rows left; deletions that come while it does wait for one more, not one each."""
-        async with self._scrubbing:
-            if self._overwritten < deletion:
-                known = self._deletions
-                try:
-                    await asyncio.to_thread(self.store.scrub)
-                except StoreError:
-                    return False  # it stays due, and the next deletion or `scrub` does it
-                self._overwritten = known
-            return True
+        return done
 
     async def listed(self, tenant: str, after: str, limit: int) -> Sequence[Listed]:
         """A page of the users of a tenant, by id."""
