@@ -33,6 +33,7 @@ from palate.report import write_report
 
 JUDGES = ("in-context", "reasoning", "synthesize-me", "plus")
 MODELS = "bt,hierarchical"
+PLUS_ENCODER = "minilm"  # not that of the data: `items` knows no response under the summary of a new user
 SUPPORT = 20  # choices to study: what a prompt can hold
 
 
@@ -100,7 +101,7 @@ def run(data: Texts, seed: int, asked: argparse.Namespace, url: str, model: str)
     for method in asked.judges.split(","):
         own = folder / method
         if not (own / "results.jsonl").exists():
-            spec = ("--encoder", data.encoder.spec) if method == "plus" else ()
+            spec = ("--encoder", PLUS_ENCODER) if method == "plus" else ()
             to = ("--base-url", url, "--model", model, "--method", method, "--out", str(own), "--workers", "4", *spec)
             palate("judge", str(rows), *to)
     for results in [compared / "results.jsonl", *(folder / method / "results.jsonl" for method in asked.judges.split(","))]:

@@ -11,6 +11,7 @@ cProfile of its loop.
 import argparse
 import asyncio
 import dataclasses
+import gc
 import json
 import os
 import socket
@@ -236,6 +237,7 @@ def said(name: str, took: np.ndarray) -> None:
 
 
 async def figures(load: Load, folder: Path, seconds: float, process: psutil.Process) -> None:
+    gc.disable()  # of the load: a collection among ten thousand tasks stops it for .2 s, which would count as the server's
     await load.connect()
     for body in load.bodies:  # every candidate is known
         connection = await load.free.get()

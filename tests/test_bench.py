@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 import palate
-from palate import bench_cli
+from palate import bench_cli, terminal
 from palate.bench import board, cells, known, pages, prepared, protocols, results, running, worker
 from palate.bench.plan import Plan
 from palate.bench.protocols import Draw, World, one_table
@@ -626,6 +626,26 @@ def test_a_cell_is_red_where_the_promise_is_broken(others: dict[str, float], kep
     found = board.verdict(made_board({"hierarchical": BASE, **{name: BASE + gap for name, gap in others.items()}}), "unseen")
     assert [check.kept for check in found.checks] == kept
     assert found.kept is (False if False in kept else None if None in kept else True)
+
+
+def test_a_part_of_the_promise_says_of_how_many_methods_it_was_held() -> None:
+    usual = [name for name in terminal.METHODS if name not in ("hierarchical", *bench_cli.NEED_MORE)]
+    assert set(board.PRESETS) == {name for name in usual if name.endswith("-faithful")}
+    assert set(board.OTHERS) == {name for name in usual if not name.endswith("-faithful")}
+    lower = dict.fromkeys(("bt", "lore", "mine", "lore-faithful", "mrm-faithful"), BASE - 0.1)
+    some = made_board({"hierarchical": BASE, **lower})
+    found = board.verdict(some, "unseen")
+    assert found.kept  # as far as it was measured, and it says how far that is
+    assert [check.figures.partition("; ")[2] for check in found.checks] == ["", "2 of 6 presets", "2 of 11 others"]
+    without = [Failure("made", name, 0, "fit", "no texts: this method reads prompts") for name in ("pal-b", "pal-b-faithful")]
+    broke = [Failure("made", "vpl-faithful", 0, "fit", "it diverged")]
+    known = made_board({"hierarchical": BASE, **lower}, failed=[*without, *broke])
+    found = board.verdict(known, "unseen")  # what cannot run there is not missing; what failed is
+    assert [check.figures.partition("; ")[2] for check in found.checks] == ["", "2 of 5 presets", "2 of 10 others"]
+    assert "; 2 of 5 presets)" in pages.markdown(pages.page([known]))
+    every = made_board({"hierarchical": BASE} | dict.fromkeys(usual, BASE - 0.1))
+    assert board.verdict(every, "unseen").checks[1].figures.endswith("; 6 of 6 presets")
+    assert board.verdict(every, "unseen").checks[2].figures.endswith("; 11 of 11 others")
 
 
 def test_below_bradley_terry_within_the_interval_is_not_red() -> None:

@@ -11,11 +11,12 @@ import palate
 from palate.data.embeddings import Dense, Embeddings
 from palate.data.pairs import Choice, EmbeddedPairs, PairSet, Text
 from palate.data.planted import two_groups
-from palate.data.splits import Split, unit_labels
+from palate.data.splits import SIDES, Split, unit_labels
 from palate.data.synthetic import Population, synthetic
 from palate.encoders import Encoder
 from palate.errors import DataError, LeakError, PalateError
 from palate.evaluation import Evaluation, compare, evaluate
+from palate.evaluation.comparison import drawn
 from palate.models.base import Fixed, Inference, RewardModel
 from palate.models.factored import BradleyTerry, LoRe
 
@@ -189,6 +190,27 @@ def test_a_given_split_is_used_as_it_is(pairs: PairSet) -> None:
     leaking.split[same[-1]] = "test_seen"
     with pytest.raises(LeakError, match="conversation is learnt from and tested on"):
         compare(leaking, Counting(), {"spy": spy}, by="conversation", seeds=1)
+
+
+def test_of_a_given_split_no_more_is_used_than_asked(pairs: PairSet) -> None:
+    given, whole = labelled(pairs), drawn(labelled(pairs), by="conversation")
+    parts = drawn(given, by="conversation", max_support=2, max_test=3, seed=1)
+    for side, most in zip(SIDES, (2, 3, 2, 3), strict=True):
+        rows, before = getattr(parts, side), getattr(whole, side)
+        assert set(rows.tolist()) <= set(before.tolist())
+        expected = np.minimum(np.bincount(given.user_index[before]), most)  # every user keeps what there is, up to the limit
+        assert np.bincount(given.user_index[rows]).tolist() == expected.tolist()
+    left = sum(len(getattr(parts, side)) for side in SIDES)
+    assert parts.dropped == {"no split given": 0, "beyond max_support or max_test": len(given) - left}
+    assert drawn(given, by="conversation", max_test=3, seed=1).test_seen.tolist() == parts.test_seen.tolist()
+    spy = Spy()
+    done = compare(given, Counting(), {"spy": spy}, by="conversation", seeds=[1], shots=(None,), max_support=2, max_test=3)
+    assert spy.given[0].users.tolist() == given.users[parts.train].tolist()
+    assert done.columns["n_test"].max() == 3
+    with pytest.raises(DataError, match="min_support is 2, and the rows have a split column"):
+        compare(given, Counting(), {"spy": spy}, seeds=1, min_support=2)
+    with pytest.raises(DataError, match="at most 0 rows of a user are wanted in test_seen"):
+        drawn(given, by="conversation", max_test=0)
 
 
 def test_a_split_of_ones_own(pairs: PairSet) -> None:

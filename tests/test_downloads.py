@@ -17,6 +17,7 @@ from huggingface_hub import constants
 from palate.data.catalogue import PUBLISHED, Published, published
 from palate.data.downloads import LOCK, get
 from palate.data.prism import load_prism
+from palate.data.recipes import RECIPES
 from palate.errors import DataError
 
 pytestmark = pytest.mark.allow_hosts(["127.0.0.1"])
@@ -137,6 +138,35 @@ def test_every_published_set_has_its_facts() -> None:
         assert (one.repo is None) == (not one.files) == (not one.revision), one.name
     with pytest.raises(DataError, match="there is no data set 'prisma'; expected one of prism, tldr, personalllm"):
         published("prisma")
+    readers = [name for one in PUBLISHED for name in one.recipes]
+    ours = {"attributes", "community", "argilla-rankings", "argilla-labels", "argilla-ratings"}  # which read nothing published
+    assert set(readers) == RECIPES.keys() - ours
+
+
+@pytest.mark.parametrize(
+    ("name", "what"),
+    [
+        ("attributes", "run: `palate data prepare attributes --out OUT`"),
+        (
+            "arena",
+            "run: `palate data prepare arena TRAIN VAL TEST --out OUT` with the files of `palate data get arena-personal` or "
+            "`palate data get prism-personal`",
+        ),
+        (
+            "argilla",
+            ", or `palate data prepare argilla-labels EXPORT --question QUESTION --prompt PROMPT --answers ANSWERS --out",
+        ),
+        ("community", "run: `palate data prepare community PART... --columns COLUMNS --answers ANSWERS --out OUT`"),
+        ("prism-mrm", "CONVERSATIONS.JSONL [SURVEY.JSONL] --out OUT` with the files of `palate data get prism`"),
+    ],
+)
+def test_a_recipe_is_no_data_set_and_is_told_how_to_be_run(
+    name: str, what: str, palate_command: Callable[..., tuple[int, str, str]]
+) -> None:
+    code, out, err = palate_command("data", "get", name)
+    assert (code, out) == (2, "")
+    assert f"'{name}' is prepared, not fetched; " in err
+    assert what in err
 
 
 def test_files_are_fetched_checked_and_recorded(hub: Hub, tmp_path: Path) -> None:
@@ -326,7 +356,8 @@ def test_without_a_connection_it_says_what_to_do(
     assert (code, out) == (2, "")
     assert "people's words CC-BY-4.0, models' answers CC-BY-NC-4.0" in err  # the terms are said before anything else
     assert "HF_HUB_OFFLINE is set" in err
-    assert f"put them into {tmp_path}, and give them to palate.data.prism.load_prism" in err
+    assert f"put them into {tmp_path}, and give them to `palate data prepare` (prism-mrm or prism-lore-paper or " in err
+    assert "), or in Python to palate.data.prism.load_prism" in err
     assert "get conversations.jsonl, survey.jsonl from https://huggingface.co/datasets/HannahRoseKirk/prism-alignment" in err
     assert hub.asked == []
     with socket.socket() as unused:

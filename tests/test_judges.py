@@ -19,9 +19,10 @@ import typer
 from hypothesis import given
 from hypothesis import strategies as st
 
-from palate import judge_cli, terminal
+from palate import cli, judge_cli, terminal
 from palate.data.embeddings import Dense, Embeddings
 from palate.data.pairs import Choice, Message, PairSet, Text
+from palate.data.splits import SIDES, split
 from palate.encoders.asking import Limits
 from palate.encoders.base import Encoder
 from palate.errors import DataError
@@ -983,8 +984,8 @@ def test_the_command_runs_plus(
 ) -> None:
     rows = rows_of(planted(10, 16)[0], tmp_path / "rows.jsonl")
     command = (rows, "--base-url", server.url, "--model", "stub", "--out", tmp_path / "out")
-    code, _, _ = judge_command(*command, "--method", "plus", "--encoder", "style")
-    assert code == 0
+    code, _, err = judge_command(*command, "--method", "plus", "--encoder", "style")
+    assert (code, "20 questions, at least 10 requests" in err) == (0, True)
     assert len(server.seen) == 10  # one summary a user, seen or unseen, and no request for a verdict
     unseen = set(Evaluation.load(tmp_path / "out" / "results.jsonl").columns["user"])
     assert load_briefs(tmp_path / "out" / "briefs.jsonl").keys() == unseen
@@ -996,7 +997,8 @@ def test_the_command_runs_plus(
     server.answer = stub.answered
     server.seen.clear()
     several = ("--method", "plus", "--encoder", "style", "--summaries", 3, "--interactions", 0)
-    assert judge_command(*command[:-1], tmp_path / "several", *several)[0] == 0
+    code, _, err = judge_command(*command[:-1], tmp_path / "several", *several)
+    assert (code, f"at least {5 + 5 * 3} requests" in err) == (0, True)
     assert [sum(body["temperature"] == warmth for body in server.seen) for warmth in (0, 1)] == [5, 5 * 3]
     briefs = tmp_path / "several" / "briefs.jsonl"
     code, _, err = judge_command(*command[:-1], tmp_path / "mine", *several, "--briefs", briefs)
@@ -1024,6 +1026,9 @@ def test_the_command_says_how_much_may_be_asked(
         code, _, err = judge_command(*command, "--method", "synthesize-me", "--candidates", n, "--out", tmp_path / f"of-{n}")
         assert code == 0, err
         calls.append(len(server.seen))
+        least = re.search(r"at least (\d+) requests", err)
+        assert least is not None
+        assert 0 < int(least[1]) <= calls[-1]
     assert 0 < calls[0] < calls[1]
 
 
@@ -1049,6 +1054,14 @@ def test_the_command_says_how_much_may_be_asked(
         (["--fields", "x"], "--fields is 'x'"),
         (["--fields", '{"stream": true}'], "fields sets stream"),
         (["--limit-field", "tokens"], "--limit-field is 'tokens'"),
+        (["--encoder", "nonsense"], "--encoder nonsense: it is for --memory similar:N and --method plus"),
+        (
+            ["--method", "reasoning", "--memory", "recent:3", "--encoder", "style"],
+            "--encoder style: it is for --memory similar:N",
+        ),
+        (["--method", "synthesize-me", "--encoder", "style"], "--encoder style: it is for"),
+        (["--memory", "similar:2", "--encoder", "items"], "by='similar' has the encoder 'items'"),
+        (["--method", "plus", "--encoder", "items"], "PLUS has the encoder 'items'"),
         (["--samples", "3"], "3 samples at temperature 0"),
         (["--base-url", "me:secret@host"], "url"),
     ],
@@ -1056,12 +1069,69 @@ def test_the_command_says_how_much_may_be_asked(
 def test_the_command_says_what_is_wrong_in_one_line(
     judge_command: Callable[..., tuple[int, str, str]], tmp_path: Path, options: list[str], words: str
 ) -> None:
-    rows = rows_of(planted()[0], tmp_path / "rows.jsonl")
+    rows = rows_of(planted(5, 16)[0], tmp_path / "rows.jsonl")
     base = [] if "--base-url" in options else ["--base-url", "http://127.0.0.1:9/v1"]
     code, out, err = judge_command(rows, "--model", "stub", "--out", tmp_path / "out", *base, *options)
     assert (code, out) == (2, "")
     assert words in err
     assert err.count("\n") == 1
+
+
+def votes(n_items: int, n_users: int = 6) -> PairSet:
+    """One question on items of which a user likes half: every liked one against every other; and one who voted on four."""
+    rng, rows = np.random.default_rng(5), []
+    for user in range(n_users):
+        order = rng.permutation(n_items).tolist()
+        half = order[: n_items // 2], order[n_items // 2 :]
+        rows += [Choice(f"u{user}", "Agree?", f"{WORDS[a % 5]} {a}", f"{WORDS[b % 5]} {b}") for a in half[0] for b in half[1]]
+    few = [Choice("few", "Agree?", f"{WORDS[a]} {a}", f"{WORDS[b]} {b}") for a in (0, 1) for b in (2, 3)]
+    return PairSet.from_choices([*rows, *few])
+
+
+def told(folder: Path) -> dict[str, tuple[int, int]]:
+    """(support, test) choices of every unseen user in a folder of results."""
+    found = Evaluation.load(folder / "results.jsonl").where(cohort="unseen").rows()
+    return {row["user"]: (row["n_support"], row["n_test"]) for row in found if row["shots"] is None}
+
+
+@LOCAL
+@pytest.mark.parametrize("caps", [(), ("--max-support", 5, "--max-test", 4), ("--min-support", 1)], ids=["usual", "caps", "few"])
+@pytest.mark.parametrize("given_too", [False, True], ids=["drawn", "given"])
+def test_the_command_judges_what_compare_tests(
+    server: Server,
+    judge_command: Callable[..., tuple[int, str, str]],
+    tmp_path: Path,
+    caps: tuple[str | int, ...],
+    given_too: bool,
+) -> None:
+    """On votes, by item, with the usual limits and with others; and on rows that have a split already."""
+    pairs = votes(14 if given_too else 28)
+    path = rows_of(pairs, tmp_path / "rows.jsonl")
+    if given_too:
+        parts, lines = split(pairs, by="item", seed=3), [json.loads(line) for line in path.read_text().splitlines()]
+        for side in SIDES:
+            for row in getattr(parts, side).tolist():
+                lines[row]["split"] = side
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    options = ("--base-url", server.url, "--model", "stub", "--out", tmp_path / "judged", *caps)
+    compared = ["compare", str(path), "--methods", "bt", "--encoder", "items", "--seeds", "1", "--shots", "all"]
+    with pytest.raises(SystemExit) as left:
+        cli.main([*compared, "--out", str(tmp_path / "models"), *map(str, caps)])
+    code, _, err = judge_command(path, *options)
+    if given_too and "--min-support" in caps:
+        assert (left.value.code, code, len(server.seen)) == (2, 2, 0)
+        assert "--min-support 1: the rows have a split column" in err
+        return
+    assert (left.value.code or 0, code) == (0, 0), err
+    if given_too:
+        assert "--by pair: the rows have a split column" in judge_command(path, *options, "--by", "pair")[2]
+    both = told(tmp_path / "judged"), told(tmp_path / "models")
+    assert both[0] == both[1]
+    most = (5, 4) if "--max-test" in caps else (9, 16) if given_too else (40, 40)
+    assert tuple(map(max, zip(*both[0].values(), strict=True))) == most
+    n = sum(n_test for _, n_test in both[0].values())
+    assert f"{n} questions, at least {2 * n} requests" in err
+    assert len(server.seen) == 2 * n
 
 
 @LOCAL

@@ -17,8 +17,10 @@ from palate import likelihood
 from palate.adaptation import margins
 from palate.data.embeddings import Dense, Embeddings
 from palate.data.pairs import Choice, Message, PairSet, Text
+from palate.encoders import load_encoder
 from palate.encoders.asking import Limits
 from palate.encoders.base import Encoder, State
+from palate.encoders.offline import Items
 from palate.errors import DataError, MismatchError, ModelFileError
 from palate.judges.base import Brief, Judge, Question, demos_of
 from palate.judges.choosing import InContext
@@ -379,6 +381,23 @@ def test_the_same_seed_gives_the_same_bits() -> None:
     first, second = (PlusReward.fit(seen, Words(32), true_briefs(seen), seed=3) for _ in range(2))
     assert torch.equal(first.margins(seen, {}), second.margins(seen, {}))
     assert torch.equal(first.directions, second.directions)
+
+
+def test_an_encoder_that_knows_items_only_is_refused() -> None:
+    """Under summaries that nobody shares it knows none of a new user's texts, so that every choice would count half."""
+    seen, test = people(12), people(4, first=60, start=30)
+    briefs = {user: Brief(user, f"{user} likes: {LIKED[group(user)]}") for user in (*seen.user_ids, *test.user_ids)}
+    items = load_encoder("items")
+    items.embed(conditioned(seen, briefs))
+    assert isinstance(items, Items)
+    assert items.unseen(conditioned(test, briefs).texts) == len(conditioned(test, briefs).texts)
+    with pytest.raises(DataError, match=r"PLUS has the encoder 'items'.* expected one that reads texts: 'minilm', 'style'"):
+        PlusReward.fit(seen, load_encoder("items"), briefs)
+    assert not load_encoder("items").encode([Text("Tea?", ""), Text("Tea?", "")]).rows(torch.arange(2)).any()  # no cosine at all
+    with pytest.raises(DataError, match="by='similar' has the encoder 'items'"):
+        Raw(2, by="similar", encoder=load_encoder("items"))
+    both = PlusReward.fit(seen, load_encoder("items+style"), briefs, interactions=0)  # the other part reads
+    assert (both.margins(test, briefs) != 0).any()
 
 
 # -- prompts

@@ -21,6 +21,7 @@ from palate import (
     judge_cli,
     keys_cli,
     serve_cli,
+    split_cli,
     store_cli,
     terminal,
     training_cli,
@@ -31,7 +32,6 @@ from palate.version import __version__
 
 if TYPE_CHECKING:
     from palate.data.pairs import PairSet
-    from palate.data.splits import By
     from palate.encoders import Encoder
     from palate.models.base import RewardModel
 
@@ -62,8 +62,6 @@ EncoderSpec = Annotated[
         "transformers or of sentence-transformers), or several joined: 'minilm+style'. docs/encoders.md lists all of them.",
     ),
 ]
-ITEM_PAIRS = 40  # pairs made of votes are products of two short lists: more of them say little that is new
-
 Seed = data_cli.Seed
 
 
@@ -105,7 +103,8 @@ def demo(
     best = data.oracle_accuracy()
     terminal.note(f"{data.pairs!r}, generated. The true rewards predict {best:.1%} of the choices, the most that can be reached.")
     models = terminal.methods("bt,lore,hierarchical")
-    _compare(data.pairs, cache_cli.encoder("style"), models, out, by="conversation", seeds=seeds, shots="0,1,2,5,10,all")
+    sides = split_cli.Sides("conversation")
+    _compare(data.pairs, cache_cli.encoder("style"), models, out, sides=sides, seeds=seeds, shots="0,1,2,5,10,all")
 
 
 @app.command()
@@ -274,14 +273,9 @@ def compare(
         ),
     ] = None,
     shots: Annotated[str, typer.Option(help="Numbers of choices from which unseen users are adapted.")] = "0,1,2,5,10,20,all",
-    max_support: Annotated[
-        int | None,
-        typer.Option(help=f"At most so many choices of a user to learn from; by default all, by item {ITEM_PAIRS}.", min=1),
-    ] = None,
-    max_test: Annotated[
-        int | None, typer.Option(help=f"At most so many choices of a user to score; by default all, by item {ITEM_PAIRS}.", min=1)
-    ] = None,
-    min_support: Annotated[int, typer.Option(help="Leave out users with fewer choices to learn from.", min=1)] = 3,
+    max_support: split_cli.MaxSupport = None,
+    max_test: split_cli.MaxTest = None,
+    min_support: split_cli.MinSupport = None,
     quote_texts: Annotated[bool, typer.Option("--quote-texts", help="Let the report quote users' texts.")] = False,
     believe_format: Annotated[
         bool, typer.Option("--believe-format", help="Take it for taste, not for a leak, if formatting alone tells the choices.")
@@ -291,29 +285,23 @@ def compare(
 ) -> None:
     """Compare methods on the same splits, with intervals over users, and write a report. The test choices are never fitted on.
 
-    Bad rows are left out, counted in the report, and do not stop it. A `split` column is used as given.
+    Bad rows are left out, counted in the report, and do not stop it. A `split` column is used as given, or so
+    much of it as --max-support and --max-test leave.
     """
     by = None if split_by is None else terminal.one_of(split_by, terminal.UNITS, "--split-by")
     models = terminal.methods(methods)
     pairs, report = terminal.read_choices(rows)
+    sides = split_cli.sides(pairs, by, max_support, max_test, min_support)
     if by is None:
-        from palate.encoders.base import usual_unit
-
-        by = usual_unit(pairs)
-        terminal.note(f"choices are split by {by}; --split-by says otherwise")
-    if by == "item":
-        max_support, max_test = max_support or ITEM_PAIRS, max_test or ITEM_PAIRS
+        terminal.note(f"choices are split by {sides.by}; --split-by says otherwise")
     _compare(
         pairs,
         cache_cli.encoder(encoder, cache, no_cache),
         models,
         out,
-        by=by,
+        sides=sides,
         seeds=seeds,
         shots=shots,
-        max_support=max_support,
-        max_test=max_test,
-        min_support=min_support,
         data_set=rows.resolve().name,
         quarantined=report.reasons,
         quote_texts=quote_texts,
@@ -327,12 +315,9 @@ def _compare(
     models: "dict[str, RewardModel]",
     out: Path,
     *,
-    by: "By",
+    sides: split_cli.Sides,
     seeds: int,
     shots: str,
-    max_support: int | None = None,
-    max_test: int | None = None,
-    min_support: int = 1,
     data_set: str = "",
     quarantined: Mapping[str, int] | None = None,
     quote_texts: bool = False,
@@ -347,12 +332,12 @@ def _compare(
             pairs,
             features,
             models,
-            by=by,
+            by=sides.by,
             seeds=seeds,
             shots=numbers,
-            max_support=max_support,
-            max_test=max_test,
-            min_support=min_support,
+            max_support=sides.max_support,
+            max_test=sides.max_test,
+            min_support=sides.min_support,
             believe_format=believe_format,
             data_set=data_set,
             progress=advance,

@@ -151,7 +151,7 @@ def list_() -> None:
         source = f"huggingface.co/datasets/{one.repo}" if one.repo else f"by hand: {one.page}"
         facts = [("source", source), ("licence", one.licence), ("users", one.users), ("size", one.size), ("cite", one.citation)]
         terminal.say(f"{one.name}: {one.what}")
-        for name, value in [*facts, ("read by", one.loader)]:
+        for name, value in [*facts, ("read by", one.reader)]:
             terminal.say(f"  {name}: {value}")
 
 
@@ -179,6 +179,6 @@ def get(
     terminal.note(f"{wanted.name}: {wanted.what}. Licence: {wanted.licence}. Cite: {wanted.citation}")
     with terminal.progress(f"Getting {name}") as advance:
         fetched = fetch(wanted, Path(name) if out is None else out, revision=revision, progress=advance)
-    terminal.note(f"commit {fetched.commit}, checked against the {fetched.verified}; read by {wanted.loader}")
+    terminal.note(f"commit {fetched.commit}, checked against the {fetched.verified}; read by {wanted.reader}")
     for file in fetched.files:
         terminal.say(str(fetched.folder / file))

@@ -13,21 +13,25 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 import typer
 
-from palate import cache_cli, terminal
+from palate import cache_cli, split_cli, terminal
 from palate.errors import DataError
 
 if TYPE_CHECKING:
     from palate.data.pairs import PairSet
     from palate.data.splits import By, Split
+    from palate.encoders import Encoder
     from palate.judges.base import Brief, Judge
     from palate.judges.client import Chat
     from palate.judges.judging import Judged
     from palate.judges.ledger import Prices
     from palate.judges.memory import Memory
+    from palate.judges.plus import Summaries
+    from palate.judges.reward import PlusReward
 
 METHODS = ("in-context", "reasoning", "synthesize-me", "plus")
 REMEMBERS = ("in-context", "reasoning")
 USUAL_MEMORY = "recent:5"
+USUAL_ENCODER = "minilm"
 ANSWERS: tuple[Literal["scores", "percent"], ...] = ("scores", "percent")
 
 Rows = Annotated[
@@ -48,11 +52,18 @@ class Asked(NamedTuple):
     candidates: int | None
     summaries: int
     interactions: int | None
-    encoder: str
+    encoder: str | None
     seed: int
+
+    @property
+    def encodes(self) -> bool:
+        """Whether texts are embedded: summaries and responses for plus, prompts for the most similar choices."""
+        return self.method == "plus" or (self.method in REMEMBERS and (self.memory or "").startswith("similar"))
 
     def check(self) -> None:
         """Refuse an option that would do nothing."""
+        if self.encoder is not None and not self.encodes:
+            raise DataError(f"--encoder {self.encoder}: it is for --memory similar:N and --method plus; leave it out")
         unused = {
             f"--memory {self.memory}": self.memory is not None and self.method not in REMEMBERS,
             f"--samples {self.samples}": self.samples != 1 and self.method not in REMEMBERS,
@@ -111,7 +122,10 @@ def judge(
             min=0,
         ),
     ] = None,
-    encoder: Annotated[str, typer.Option("--encoder", metavar="SPEC", help="For similar:N and plus.")] = "minilm",
+    encoder: Annotated[
+        str | None,
+        typer.Option("--encoder", metavar="SPEC", help=f"For similar:N and plus, but not items.  [default: {USUAL_ENCODER}]"),
+    ] = None,
     briefs: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="Use these briefs, from another run, another model or an editor, instead of studying."),
@@ -120,8 +134,9 @@ def judge(
         str | None,
         typer.Option(help="What a user's two sides must not share: conversation, prompt, item or pair; by default as compare."),
     ] = None,
-    max_support: Annotated[int | None, typer.Option(help="At most so many choices to study, a user.", min=1)] = None,
-    max_test: Annotated[int | None, typer.Option(help="At most so many choices to judge, a user.", min=1)] = None,
+    max_support: split_cli.MaxSupport = None,
+    max_test: split_cli.MaxTest = None,
+    min_support: split_cli.MinSupport = None,
     max_calls: Annotated[int | None, typer.Option(help="Stop after so many requests, with what there is.", min=0)] = None,
     max_tokens: Annotated[int | None, typer.Option(help="Stop at about so many tokens, with what there is.", min=0)] = None,
     price: Annotated[
@@ -145,6 +160,7 @@ def judge(
     Exit code 1: some questions were not judged; the results are of the others.
     """
     from palate.encoders.asking import Limits
+    from palate.evaluation.comparison import drawn, is_given
     from palate.judges.base import load_briefs
     from palate.judges.client import Chat
     from palate.judges.judging import judged
@@ -158,7 +174,11 @@ def judge(
     prices = _prices(price)
     known = None if briefs is None else load_briefs(briefs)
     pairs, _ = terminal.read_choices(rows)
-    parts = _split(pairs, by, max_support, max_test, seed)
+    unit = None if by is None else terminal.one_of(by, terminal.UNITS, "--by")
+    sides = split_cli.sides(pairs, unit, max_support, max_test, min_support)
+    if unit is not None and kind != "plus" and is_given(pairs):
+        raise DataError(f"--by {unit}: the rows have a split column, which says what is told from what; leave one out")
+    parts = drawn(pairs, **sides._asdict(), seed=seed)
     account = Ledger(max_calls=max_calls, max_tokens=max_tokens)
     limits: tuple[Literal["max_tokens", "max_completion_tokens"], ...] = ("max_tokens", "max_completion_tokens")
     chat = Chat(
@@ -172,16 +192,19 @@ def judge(
         limit_field=terminal.one_of(limit_field, limits, "--limit-field"),
         fields=_fields(fields),
     )
-    test = pairs[parts.test_unseen]
-    judge_ = _judge(asked, chat, pairs[parts.train], by, known)
+    support, test = pairs[parts.support], pairs[parts.test_unseen]
+    ready = _ready(asked, chat, pairs[parts.train], unit, known)
     out.mkdir(parents=True, exist_ok=True)
-    terminal.note(f"{len(test)} choices of {len(test.user_ids)} unseen users, judged by {model} ({method})")
+    terminal.note(f"{len(test)} choices of {len(test.user_ids)} unseen users (split: {parts.by}), judged by {model} ({method})")
+    questions, requests = _least(asked, ready, support, test, studied=known is None)
+    terminal.note(f"{questions} questions, at least {requests} requests where none is equal to another or answered already")
+    judge_ = ready.fitted() if isinstance(ready, Unfitted) else ready
     if known is not None and (strangers := set(test.user_ids) - set(known)):
         terminal.note(f"{briefs} has no brief of {len(strangers)} of them, such as {min(strangers)!r}: judged as strangers")
     with terminal.progress("Studying and judging"):
         found = judged(
             judge_,
-            pairs[parts.support],
+            support,
             test,
             briefs=known,
             seed=seed,
@@ -228,22 +251,60 @@ def _fields(text: str | None) -> dict[str, Any] | None:
     return found
 
 
-def _split(pairs: "PairSet", by: str | None, max_support: int | None, max_test: int | None, seed: int) -> "Split":
-    from palate.data.splits import given_split, split
-    from palate.encoders.base import usual_unit
+class Unfitted(NamedTuple):
+    """PLUS before anything is asked: what sums up the seen users, and whose choices the reward is then fitted on."""
 
-    if by is None and any(label is not None for label in pairs.split):
-        return given_split(pairs)
-    unit = usual_unit(pairs) if by is None else terminal.one_of(by, terminal.UNITS, "--by")
-    return split(pairs, by=unit, max_support=max_support, max_test=max_test, seed=seed)
+    asked: Asked
+    writer: "Summaries"
+    encoder: "Encoder"
+    told: "PairSet"
+    held: "PairSet"
+
+    def fitted(self) -> "PlusReward":
+        """The reward, whose writer sums up the unseen users. One request for each seen user."""
+        from palate.judges.plus import Summaries
+        from palate.judges.reward import INTERACTIONS, PlusReward
+
+        asked, writer, told, n = self.asked, self.writer, self.told, self.asked.summaries
+        with terminal.progress("Summing up the seen users"):
+            summaries = writer.study(told)
+        if writer.failed:
+            user, why = next(iter(writer.failed.items()))
+            terminal.note(f"{len(writer.failed)} of {len(told.user_ids)} seen users have no summary, such as {user!r}: {why}")
+        with terminal.progress("Fitting the reward"):
+            k = INTERACTIONS if asked.interactions is None else asked.interactions
+            reward = PlusReward.fit(self.held, self.encoder, summaries, interactions=k, seed=asked.seed)
+        reward.writer = writer if n == 1 else Summaries(writer.chat, n_summaries=n, reward=reward, seed=asked.seed)
+        return reward
 
 
-def _judge(asked: Asked, chat: "Chat", train: "PairSet", by: str | None, briefs: "dict[str, Brief] | None") -> "Judge":
+def _least(asked: Asked, ready: "Judge | Unfitted", support: "PairSet", test: "PairSet", *, studied: bool) -> tuple[int, int]:
+    """(questions, requests) where every answer can be read at once, and a search of demonstrations ends with its first set."""
+    from palate.judges.base import demos_of
+    from palate.judges.synthesize import SynthesizeMe
+
+    unseen = set(test.user_ids)
+    known = [len(set(demos)) for user, demos in demos_of(support).items() if user in unseen and demos] if studied else []
+    probabilistic = isinstance(ready, Unfitted) or ready.probabilistic
+    questions = len(test) if probabilistic else int((~test.tie).sum())
+    if isinstance(ready, Unfitted):
+        told = sum(bool(demos) for demos in demos_of(ready.told).values())
+        return questions, told + asked.summaries * len(known)
+    requests = 2 * asked.samples * questions
+    if isinstance(ready, SynthesizeMe):
+        return questions, requests + sum(ready.calls(n).least for n in known)
+    return questions, requests + (len(known) if asked.memory == "summary" else 0)
+
+
+def _ready(
+    asked: Asked, chat: "Chat", train: "PairSet", by: "By | None", briefs: "dict[str, Brief] | None"
+) -> "Judge | Unfitted":
+    """The judge; nothing is asked yet."""
     from palate.judges.choosing import InContext
     from palate.judges.reasoning import Reasoning
 
     if asked.method not in REMEMBERS:
-        return _own_memory(asked, chat, train, by)
+        return _synthesizing(asked, chat) if asked.method == "synthesize-me" else _unfitted(asked, chat, train, by)
     memory, room = _memory(asked, chat, briefs), asked.answer_tokens
     samples, temperature, seed = asked.samples, asked.temperature, asked.seed
     if asked.method == "in-context":
@@ -270,41 +331,33 @@ def _memory(asked: Asked, chat: "Chat", briefs: "dict[str, Brief] | None") -> "M
         return Abstract(Summaries(chat, seed=asked.seed) if briefs is None else None)
     if kind == "recent":
         return Raw(int(number))
-    return Raw(int(number), by="similar", encoder=cache_cli.encoder(asked.encoder))
+    return Raw(int(number), by="similar", encoder=cache_cli.encoder(asked.encoder or USUAL_ENCODER))
 
 
-def _own_memory(asked: Asked, chat: "Chat", train: "PairSet", by: str | None) -> "Judge":
+def _synthesizing(asked: Asked, chat: "Chat") -> "Judge":
     from palate.judges.bootstrap import Search
-    from palate.judges.plus import Summaries
-    from palate.judges.reward import INTERACTIONS, PlusReward
     from palate.judges.synthesize import SynthesizeMe
 
-    if asked.method == "synthesize-me":
-        search = Search() if asked.candidates is None else Search(n_candidates=asked.candidates)
-        room = 1024 if asked.answer_tokens is None else asked.answer_tokens
-        return SynthesizeMe(chat, search=search, temperature=asked.temperature, max_tokens=room, seed=asked.seed)
-    writer = Summaries(chat, seed=asked.seed)
-    told, held = _halves(train, by, asked.seed)
-    with terminal.progress("Summing up the seen users"):
-        summaries = writer.study(told)
-    if writer.failed:
-        user, why = next(iter(writer.failed.items()))
-        terminal.note(f"{len(writer.failed)} of {len(told.user_ids)} seen users have no summary, such as {user!r}: {why}")
-    with terminal.progress("Fitting the reward"):
-        wanted = INTERACTIONS if asked.interactions is None else asked.interactions
-        reward = PlusReward.fit(held, cache_cli.encoder(asked.encoder), summaries, interactions=wanted, seed=asked.seed)
-    n = asked.summaries
-    reward.writer = writer if n == 1 else Summaries(chat, n_summaries=n, reward=reward, seed=asked.seed)
-    return reward
+    search = Search() if asked.candidates is None else Search(n_candidates=asked.candidates)
+    room = 1024 if asked.answer_tokens is None else asked.answer_tokens
+    return SynthesizeMe(chat, search=search, temperature=asked.temperature, max_tokens=room, seed=asked.seed)
 
 
-def _halves(train: "PairSet", by: str | None, seed: int) -> "tuple[PairSet, PairSet]":
+def _unfitted(asked: Asked, chat: "Chat", train: "PairSet", by: "By | None") -> Unfitted:
+    from palate.judges.memory import reads_new_texts
+    from palate.judges.plus import Summaries
+
+    encoder = cache_cli.encoder(asked.encoder or USUAL_ENCODER)
+    reads_new_texts(encoder, "PLUS")  # before the summaries are paid for
+    return Unfitted(asked, Summaries(chat, seed=asked.seed), encoder, *_halves(train, by, asked.seed))
+
+
+def _halves(train: "PairSet", by: "By | None", seed: int) -> "tuple[PairSet, PairSet]":
     """Of the seen users' choices, those that are summed up and those that the reward is fitted on: no summary saw its answer."""
     from palate.data.splits import split
     from palate.encoders.base import usual_unit
 
-    unit: By = usual_unit(train) if by is None else terminal.one_of(by, terminal.UNITS, "--by")
-    parts = split(train, by=unit, unseen=0.0, seed=seed)
+    parts = split(train, by=usual_unit(train) if by is None else by, unseen=0.0, seed=seed)
     return train[parts.train], train[parts.test_seen]
 
 

@@ -2,10 +2,11 @@
 
 The promise, in every cell of the matrix: Hierarchical is not below Bradley-Terry beyond the interval, is above every published
 preset, and is within .003 of the best other one. Differences are paired: the same users under the same seeds. A method that is
-told more of people than their choices is no part of it.
+told more of people than their choices is no part of it. Few benches run every method, so each part says how many of them it was
+held against; it is not measured only where there was none.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,6 +18,9 @@ from palate.evaluation.result import ALL
 from palate.models.attribute_prior import AttributePrior
 
 SUBJECT, CROWD, PUBLISHED = "hierarchical", "bt", "-faithful"
+PRESETS = tuple(f"{name}{PUBLISHED}" for name in ("lore", "pref", "mrm", "pal-a", "pal-b", "vpl"))
+OTHERS = (CROWD, "lore", "pref", "mrm", "pal-a", "pal-b", "vpl", "individual", "individual-crowd", "groups", "neighbours")
+LACKS = ("no texts:", "no attributes:")  # what a data set does not have, as `worker` says it
 MARGIN = 0.003
 FEW = (0, 1, 2, 5)
 COHORTS = ("unseen", "seen")
@@ -44,7 +48,7 @@ class Line(NamedTuple):
 
 
 class Check(NamedTuple):
-    """One part of the promise: kept, broken, or (None) not measured, with the figures in words."""
+    """One part of the promise: kept, broken, or (None) held against nothing, with the figures and the counts in words."""
 
     what: str
     kept: bool | None
@@ -62,7 +66,7 @@ class Verdict(NamedTuple):
 
     @property
     def kept(self) -> bool | None:
-        """False where any part is broken, None where none is and some were not measured."""
+        """False where any part is broken, None where none is and some were held against nothing."""
         found = [check.kept for check in self.checks]
         return False if False in found else None if None in found else True
 
@@ -134,7 +138,10 @@ def difference(board: Board, method: str, other: str, cohort: str = "unseen") ->
 
 
 def verdict(board: Board, cohort: str) -> Verdict:
-    """Whether the promise is kept on this board for these users. Methods without figures for every seed do not count."""
+    """Whether the promise is kept on this board for these users, as far as it was measured.
+
+    Methods without figures for every seed do not count: the figures say of how many presets and others they are.
+    """
     complete = board.complete
     if SUBJECT not in complete:
         unknown = Check("Hierarchical", None, "it has no figures for every seed")
@@ -144,11 +151,12 @@ def verdict(board: Board, cohort: str) -> Verdict:
     gains = {name: found for name in others if (found := difference(board, SUBJECT, name, cohort)) is not None}
     published = {name: gain for name, gain in gains.items() if name.endswith(PUBLISHED)}
     fixed = {name: gain for name, gain in gains.items() if not name.endswith(PUBLISHED)}
+    lacking = {failure.method for failure in board.evaluation.failures if failure.message.startswith(LACKS)}
     return Verdict(
         board.data_set,
         board.condition,
         cohort,
-        (_not_below(gains.get(CROWD)), _above(published), _near(fixed)),
+        (_not_below(gains.get(CROWD)), _above(published, lacking), _near(fixed, lacking)),
         (sum(run.n_weights == 0 for run in board.evaluation.runs if run.method == SUBJECT), len(board.seeds)),
     )
 
@@ -158,20 +166,26 @@ def _not_below(gain: Estimate | None) -> Check:
     return Check(what, None, "Bradley-Terry was not measured") if gain is None else Check(what, gain.high >= 0, signed(gain))
 
 
-def _above(gains: Mapping[str, Estimate]) -> Check:
+def _above(gains: Mapping[str, Estimate], lacking: Set[str]) -> Check:
     what = "above every published preset"
     if not gains:
         return Check(what, None, "none was measured")
     name = min(gains, key=lambda name: gains[name].value)
-    return Check(what, gains[name].value > 0, f"nearest {name}, {signed(gains[name])}")
+    return Check(what, gains[name].value > 0, f"nearest {name}, {signed(gains[name])}; {_of(gains, PRESETS, lacking)} presets")
 
 
-def _near(gains: Mapping[str, Estimate]) -> Check:
+def _near(gains: Mapping[str, Estimate], lacking: Set[str]) -> Check:
     what = f"within {MARGIN:g} of the best fixed one"
     if not gains:
         return Check(what, None, "no other was measured")
     name = min(gains, key=lambda name: gains[name].value)
-    return Check(what, gains[name].value >= -MARGIN, f"best {name}, {signed(gains[name])}")
+    return Check(what, gains[name].value >= -MARGIN, f"best {name}, {signed(gains[name])}; {_of(gains, OTHERS, lacking)} others")
+
+
+def _of(gains: Mapping[str, Estimate], every: Sequence[str], lacking: Set[str]) -> str:
+    """How many of the methods that can run on this data set were measured; those of other names are not counted."""
+    possible = set(every) - lacking
+    return f"{len(possible & gains.keys())} of {len(possible)}"
 
 
 def mean_ranks(tables: Sequence[Sequence[Line]]) -> list[tuple[str, float, int]]:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from palate.bench.board import COHORTS, FEW, SUBJECT, Line, Verdict, lines, mean_ranks, verdict
+from palate.bench.board import COHORTS, FEW, LACKS, SUBJECT, Line, Verdict, lines, mean_ranks, verdict
 from palate.bench.board import signed as with_interval
 from palate.bench.results import Board, boards, with_rows_written
 from palate.errors import MissingExtraError
@@ -16,7 +16,6 @@ from palate.report.contents import label
 from palate.version import __version__
 
 NONE = "\N{EN DASH}"
-LACKS = ("no texts:", "no attributes:")  # what a data set does not have, as `worker` says it
 HEADS = (
     *("method", "rank", "seen", "unseen", "worst decile", "log loss", *(f"after {n}" for n in FEW)),
     *("minus Bradley-Terry", "minus Hierarchical", "parameters", "fit, s", "adapt, ms"),
@@ -29,7 +28,8 @@ CAPTION = (
 )
 PROMISE = (
     "In every cell Hierarchical must not be below Bradley-Terry beyond the interval, must be above every published preset, and "
-    "within .003 of the best fixed one. Figures are Hierarchical minus the other, paired, after all choices."
+    "within .003 of the best fixed one. Figures are Hierarchical minus the other, paired, after all choices. A cell is judged by "
+    "the methods that were measured, and says how many these are of those that can run there."
 )
 
 

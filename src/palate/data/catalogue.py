@@ -5,6 +5,7 @@ A licence that is not known here is said to be not known, which is no permission
 
 from dataclasses import dataclass
 
+from palate.data.recipes import RECIPES, usage
 from palate.errors import DataError
 
 
@@ -23,6 +24,7 @@ class Published:
         citation: what to cite.
         users, size: as published, or "not known".
         loader: what reads it here.
+        recipes: what `palate data prepare` calls it, one name for each published split.
     """
 
     name: str
@@ -36,6 +38,14 @@ class Published:
     users: str
     size: str
     loader: str
+    recipes: tuple[str, ...] = ()
+
+    @property
+    def reader(self) -> str:
+        """What its files are given to: the recipes at the command line, and the loader."""
+        if not self.recipes:
+            return self.loader
+        return f"`palate data prepare` ({' or '.join(self.recipes)}), or in Python to {self.loader}"
 
 
 _ASK = "not known here: read the terms on its page before you use it"
@@ -54,6 +64,7 @@ PUBLISHED: tuple[Published, ...] = (
         "1,286 with 6 conversations or more",
         "not known",
         "palate.data.prism.load_prism, prism_split",
+        ("prism-mrm", "prism-lore-paper", "prism-lore-corrected"),
     ),
     Published(
         "tldr",
@@ -67,6 +78,7 @@ PUBLISHED: tuple[Published, ...] = (
         "40 workers with 50 annotations or more",
         "not known",
         "palate.data.tldr.load_tldr, load_tldr_paper, load_tldr_lore",
+        ("tldr-mrm", "tldr-paper", "tldr-lore"),
     ),
     Published(
         "personalllm",
@@ -80,6 +92,7 @@ PUBLISHED: tuple[Published, ...] = (
         "simulated; 9,402 prompts to learn from, 1,000 to test on",
         "not known",
         "palate.data.personalllm.load_personalllm, then best_and_worst or two_at_random",
+        ("personalllm-lore", "personalllm-random"),
     ),
     Published(
         "arena-personal",
@@ -93,6 +106,7 @@ PUBLISHED: tuple[Published, ...] = (
         "131",
         "not known",
         "palate.data.arena.load_arena",
+        ("arena",),
     ),
     Published(
         "prism-personal",
@@ -106,6 +120,7 @@ PUBLISHED: tuple[Published, ...] = (
         "723",
         "not known",
         "palate.data.arena.load_arena",
+        ("arena",),
     ),
     Published(
         "community-alignment",
@@ -119,6 +134,7 @@ PUBLISHED: tuple[Published, ...] = (
         "more than 3,000, most with 26 conversations or more",
         "more than 200,000 marks",
         "palate.data.community.load_community_alignment",
+        ("community-alignment",),
     ),
     Published(
         "pref-personas",
@@ -132,6 +148,7 @@ PUBLISHED: tuple[Published, ...] = (
         "simulated",
         "not known",
         "palate.data.personas.load_personas",
+        ("personas",),
     ),
     Published(
         "polis-ssis",
@@ -151,8 +168,17 @@ PUBLISHED: tuple[Published, ...] = (
 
 
 def published(name: str) -> Published:
-    """The data set of this name. Raises `DataError` for any other."""
+    """The data set of this name. Raises `DataError` for any other, which says what to run where it is a recipe's."""
     for one in PUBLISHED:
         if one.name == name:
             return one
+    asked = [name] if name in RECIPES else [recipe for recipe in RECIPES if recipe.startswith(f"{name}-")]
+    if asked:
+        raise DataError(f"{name!r} is prepared, not fetched; run: {', or '.join(map(_how, asked))}")
     raise DataError(f"there is no data set {name!r}; expected one of {', '.join(one.name for one in PUBLISHED)}")
+
+
+def _how(recipe: str) -> str:
+    """The command of a recipe, and where its files come from as far as they are published."""
+    sources = [f"`palate data get {one.name}`" for one in PUBLISHED if recipe in one.recipes and one.repo]
+    return f"`{usage(recipe)}`" + (f" with the files of {' or '.join(sources)}" if sources else "")

@@ -61,7 +61,7 @@ def get(
     place = Path(folder)
     if wanted.repo is None:
         raise DataError(
-            f"{wanted.name} cannot be fetched from here: get it by hand from {wanted.page}, and give it to {wanted.loader}"
+            f"{wanted.name} cannot be fetched from here: get it by hand from {wanted.page}, and give it to {wanted.reader}"
         )
     lock = _read_lock(place / LOCK, wanted, revision)
     if lock is not None and all((place / name).is_file() for name in lock["files"]):
@@ -231,7 +231,7 @@ def _asking(wanted: Published, place: Path) -> Iterator[None]:
     from huggingface_hub.errors import HTTPError as ClientError  # type: ignore[attr-defined]  # of a library that is not ours to name
 
     files = ", ".join(wanted.files)
-    by_hand = f"Or get {files} from {wanted.page} on a machine that can, put them into {place}, and give them to {wanted.loader}"
+    by_hand = f"Or get {files} from {wanted.page} on a machine that can, put them into {place}, and give them to {wanted.reader}"
     signed = "set HF_TOKEN, or run `hf auth login`"
     try:
         yield

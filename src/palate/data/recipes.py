@@ -271,5 +271,14 @@ def prepared(
     return pairs, tuple(reports)
 
 
+def usage(name: str) -> str:
+    """The command line of a recipe: `palate data prepare arena TRAIN VAL TEST --out OUT`."""
+    wanted = RECIPES[name]
+    files = [f"[{file[:-1].upper()}]" if file.endswith("?") else file.upper() for file in wanted.files]
+    return " ".join(
+        ("palate data prepare", name, *files, *(f"--{option} {option.upper()}" for option in wanted.needs), "--out OUT")
+    )
+
+
 def _flags(options: Sequence[str]) -> str:
     return ", ".join("--" + option.replace("_", "-") for option in options)

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from palate.adaptation import Profiles
 from palate.data.leaks import check_leaks
 from palate.data.pairs import EmbeddedPairs, PairSet
-from palate.data.splits import SIDES, By, Split, given_split, split, unit_labels
+from palate.data.splits import SIDES, By, Split, given_split, nested_shots, split, unit_labels
 from palate.encoders import Encoder
 from palate.errors import DataError, PalateError
 from palate.evaluation.evaluating import Labels, evaluated
@@ -52,20 +52,20 @@ def compare(
 
     Args:
         data: choices; rows with a `split` column are split as it says (rows without one are dropped and counted), and the seeds
-            then only reseed the fits.
+            then only reseed the fits, and draw what `max_support` and `max_test` leave of it.
         encoder: turns texts into features; None for `EmbeddedPairs`.
         methods: unfitted models by the name they have in the results. They are not changed. `Reference()` is the encoder's head.
         by: what a user's two sides must not share (`palate.split`; by default the prompt, or `unit` for `EmbeddedPairs`), or a
             function (data, seed) -> `Split` that draws the split itself; the arguments below are then its own affair.
         seeds: how many (0, 1, ...), or which.
         shots: numbers of support choices for the unseen users; None is all.
-        max_support, max_test, min_support: of a user's choices, see `palate.split`.
+        max_support, max_test, min_support: of a user's choices, see `drawn`.
         believe_format: whether choices that formatting alone can tell are people's taste, and no leak (`check_leaks`).
         data_set: label of the rows.
         progress: called with (done, total, what is being done).
 
     Raises:
-        DataError: no methods, no seeds, or an encoder that does not go with the data; what `split` raises.
+        DataError: no methods, no seeds, or an encoder that does not go with the data; what `drawn` raises.
         LeakError: a split, or the data themselves, can be seen through.
         PalateError: every method failed; the message has each reason.
     Cost: one encoding of the distinct texts, and seeds x methods fits.
@@ -75,7 +75,6 @@ def compare(
     methods, refused = _bound(methods, encoder)
     embedded, embed_by = _embedded(data, encoder, by, any(model.reads_prompts for model in methods.values()))
     say = progress or (lambda done, total, what: None)
-    given = not callable(by) and isinstance(data, PairSet) and any(label is not None for label in data.split)
     total, done = len(numbers) * len(methods), 0
     evaluations: list[Evaluation] = []
     splits: list[SplitFacts] = []
@@ -85,10 +84,8 @@ def compare(
         say(done, total, f"checking split {seed}")
         if callable(by):
             parts = by(data, seed)
-        elif given and isinstance(data, PairSet):
-            parts = given_split(data)
         else:
-            parts = split(data, by=embed_by, max_support=max_support, max_test=max_test, min_support=min_support, seed=seed)
+            parts = drawn(data, by=embed_by, max_support=max_support, max_test=max_test, min_support=min_support, seed=seed)
         splits.append(_split_facts(data, parts, embed_by, data_set, seed, believe_format))
         for name, model in methods.items():
             say(done, total, f"{name}, split {seed}")
@@ -103,6 +100,46 @@ def compare(
     joined = Evaluation.concat(evaluations)
     pairs = data if isinstance(data, PairSet) else None
     return replace(joined, runs=tuple(runs), splits=tuple(splits), failures=tuple(failures), pairs=pairs)
+
+
+def is_given(data: PairSet | EmbeddedPairs) -> bool:
+    """Whether rows have a `split` column that says which side they are on."""
+    return isinstance(data, PairSet) and any(label is not None for label in data.split)
+
+
+def drawn(
+    data: PairSet | EmbeddedPairs,
+    *,
+    by: By,
+    max_support: int | None = None,
+    max_test: int | None = None,
+    min_support: int = 1,
+    seed: int = 0,
+) -> Split:
+    """The split that methods of all kinds are held to: that of the `split` column where rows have one, else `palate.split`.
+
+    Of a given split, at most `max_support` rows of a user in train and support and `max_test` in the two tests are kept, drawn at
+    random; without the two it is used as it is.
+
+    Raises:
+        DataError: `min_support` above 1 with a given split, which says who is tested; what `split` or `given_split` raises.
+    """
+    if not isinstance(data, PairSet) or not is_given(data):
+        return split(data, by=by, max_support=max_support, max_test=max_test, min_support=min_support, seed=seed)
+    if min_support != 1:
+        raise DataError(f"min_support is {min_support}, and the rows have a split column, which says who is tested; expected 1")
+    parts = given_split(data)
+    most = {"train": max_support, "test_seen": max_test, "support": max_support, "test_unseen": max_test}
+    kept: dict[str, NDArray[np.int64]] = {side: getattr(parts, side) for side in SIDES}
+    for side, cap in most.items():
+        if cap is not None and cap < 1:
+            raise DataError(f"at most {cap} rows of a user are wanted in {side}; expected 1 or more, or None for all")
+        if cap is not None and len(kept[side]):
+            kept[side] = kept[side][nested_shots(data[kept[side]], cap, seed)]
+    beyond = sum(len(getattr(parts, side)) - len(rows) for side, rows in kept.items())
+    dropped = {**parts.dropped, **({"beyond max_support or max_test": beyond} if beyond else {})}
+    train, test_seen, support, test_unseen = (kept[side] for side in SIDES)
+    return Split(train, test_seen, support, test_unseen, parts.by, parts.seed, dropped, parts.dropped_users)
 
 
 def _check(methods: Mapping[str, RewardModel], seeds: tuple[int, ...], shots: Sequence[Shots]) -> None:

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from palate.data.pairs import PairSet, Prompt, Text
 from palate.encoders.base import Encoder
+from palate.encoders.offline import Items
 from palate.errors import DataError
 from palate.judges.base import Brief, Demo, Question, demos_of
 
@@ -53,7 +54,7 @@ class Raw:
         encoder: for "similar".
 
     Raises:
-        DataError: k below 0, an unknown order, or "similar" without an encoder.
+        DataError: k below 0, an unknown order, or "similar" without an encoder or with `items`.
     """
 
     def __init__(self, k: int, *, by: Literal["recent", "similar"] = "recent", encoder: Encoder | None = None):
@@ -61,6 +62,8 @@ class Raw:
             raise DataError(f"k is {k} and by is {by!r}; expected k of 0 or more, and 'recent' or 'similar'")
         if by == "similar" and encoder is None:
             raise DataError("by='similar' compares prompts and has no encoder; give one, such as load_encoder('minilm')")
+        if by == "similar" and encoder is not None:
+            reads_new_texts(encoder, "by='similar'")
         self.k, self.by, self.encoder = k, by, encoder
 
     def __repr__(self) -> str:
@@ -110,6 +113,18 @@ class Abstract:
     def shown(self, questions: Sequence[Question]) -> list[Shown]:
         """The text of each brief, and none of its choices."""
         return [Shown("" if question.brief is None else question.brief.text, ()) for question in questions]
+
+
+def reads_new_texts(encoder: Encoder, what: str) -> None:
+    """Refuse `items`: to it a prompt by itself and a response under a new summary are unknown, and every such row is zero.
+
+    Raises `DataError`; `what` is whose encoder it is.
+    """
+    if isinstance(encoder, Items):
+        raise DataError(
+            f"{what} has the encoder 'items', to which every prompt alone and every response under a new summary is unknown; "
+            "expected one that reads texts: 'minilm', 'style', an 'hf:' or 'st:' model, or some of these joined"
+        )
 
 
 def _unit_rows(prompts: Sequence[Prompt], encoder: Encoder) -> dict[Prompt, NDArray[np.float64]]:

@@ -26,7 +26,7 @@ from palate.data.pairs import Choice, EmbeddedPairs, Message, PairSet, Prompt, T
 from palate.encoders.base import Encoder
 from palate.errors import DataError, MismatchError, ModelFileError
 from palate.judges.base import Brief, Question, Verdict
-from palate.judges.memory import Writer
+from palate.judges.memory import Writer, reads_new_texts
 from palate.models import files
 from palate.models.base import RewardModel, load_model
 from palate.models.factored import BradleyTerry
@@ -88,7 +88,9 @@ class PlusReward:
 
         Args:
             pairs: choices of the seen users.
-            encoder: any; features of `Text(summary + prompt, response)` are read, and of the summaries for interactions.
+            encoder: any that reads texts, which `items` does not: the summary stands in the prompt, so that every response under
+                a new user's summary would be an item that it has not met, and all would score alike. Features of
+                `Text(summary + prompt, response)` are read, and of the summaries for interactions.
             briefs: the users' summaries. They are best written from other choices than `pairs`: a summary that has seen the
                 answer is trusted more than a new user's deserves.
             interactions: k, 0 for the published form; of several the one with the lowest log loss on held-out seen users.
@@ -96,9 +98,10 @@ class PlusReward:
             seed: of who is held out.
 
         Raises:
-            DataError: no summary at all, k below 0, or what `palate.fit` refuses.
+            DataError: the encoder `items`, no summary at all, k below 0, or what `palate.fit` refuses.
         Cost: one encoding for each distinct (summary, text), then Bradley-Terry on (1 + k) D features for every candidate k.
         """
+        reads_new_texts(encoder, "PLUS")
         candidates = sorted({interactions} if isinstance(interactions, int) else set(interactions))
         if not candidates or candidates[0] < 0:
             raise DataError(f"interactions is {interactions}; expected numbers of 0 or more")
