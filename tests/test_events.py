@@ -438,3 +438,14 @@ def test_every_kind_is_said_where_kinds_are_listed() -> None:
     assert tuple(kind.model_fields["kind"].default for kind in KINDS) == events._KINDS
     for kind in events._KINDS:
         assert kind in str(events.__doc__)
+
+
+def test_the_schema_of_a_response_refuses_all_that_is_blank() -> None:
+    """JSON Schema's `\\s` is ECMAScript's, which leaves out five of the characters that are blank to Python."""
+    pattern = Choice.model_json_schema()["properties"]["chosen"]["pattern"]
+    ecma = {*"\t\n\v\f\r \u00a0\u1680\u2028\u2029\u202f\u205f\u3000\ufeff", *map(chr, range(0x2000, 0x200B))}
+    left = {chr(i) for i in range(0x110000) if chr(i).isspace()} - ecma
+    assert left == set("\x1c\x1d\x1e\x1f\x85")
+    explicit = pattern.replace(r"\s", "".join(sorted(ecma)))
+    assert not any(re.search(explicit, blank) for blank in left | ecma)
+    assert re.search(explicit, " x ")

@@ -44,7 +44,7 @@ def listed(given: Any) -> Any:
 Asked = Annotated[str, Field(max_length=MAX_TEXT, json_schema_extra={"pattern": r"^[^\x00]*$"}), AfterValidator(_text)]
 Words = Annotated[
     str,
-    Field(min_length=1, max_length=MAX_TEXT, json_schema_extra={"pattern": r"^[^\x00]*[^\s\x00][^\x00]*$"}),
+    Field(min_length=1, max_length=MAX_TEXT, json_schema_extra={"pattern": r"^[^\x00]*[^\s\x00\x1c-\x1f\x85][^\x00]*$"}),
     AfterValidator(_words),
 ]
 EventId = Annotated[str, Field(min_length=1, max_length=128, pattern=r"^[A-Za-z0-9._:~-]+$")]
