@@ -97,7 +97,8 @@ def run(data: Texts, seed: int, asked: argparse.Namespace, url: str, model: str)
     compared = folder / "models"
     if not (compared / "results.jsonl").exists():
         unit = ("--split-by", data.recipe.by)
-        palate("compare", str(rows), "--methods", MODELS, *unit, "--encoder", data.encoder.spec, "--out", str(compared))
+        once = ("--seeds", "1", "--encoder", data.encoder.spec, "--out", str(compared))
+        palate("compare", str(rows), "--methods", MODELS, *unit, *once)
     for method in asked.judges.split(","):
         own = folder / method
         if not (own / "results.jsonl").exists():
