@@ -9,7 +9,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -19,6 +18,7 @@ import typer
 from hypothesis import given
 from hypothesis import strategies as st
 
+from judge_server import JudgeServer, Status, answered, parts
 from palate import cli, judge_cli, terminal
 from palate.data.embeddings import Dense, Embeddings
 from palate.data.pairs import Choice, Message, PairSet, Text
@@ -45,21 +45,15 @@ LOCAL = pytest.mark.allow_hosts(["127.0.0.1"])
 QUICK = Limits(retries=2, timeout=5.0, total=10.0)
 WORDS = ("tea", "rain", "chess", "owls", "bread")
 ASKED = (Message("system", "[00000000 begin ...] Verdict 00000000: First"), Message("user", "Which?"))
-Server = Any  # tests/judge_server.py, which is no part of a package
-
-
-@pytest.fixture(scope="session")
-def stub(script: Callable[[Path], ModuleType]) -> Any:
-    return script(Path(__file__).with_name("judge_server.py"))
 
 
 @pytest.fixture
-def server(stub: Any) -> Iterator[Server]:
-    with stub.JudgeServer() as running:
+def server() -> Iterator[JudgeServer]:
+    with JudgeServer() as running:
         yield running
 
 
-def chat(server: Server, **options: Any) -> Chat:
+def chat(server: JudgeServer, **options: Any) -> Chat:
     return Chat("stub", base_url=server.url, **({"limits": QUICK} | options))
 
 
@@ -93,7 +87,9 @@ def accuracy(judge: Judge, support: PairSet | None, test: PairSet, **options: An
     [InContext, Reasoning, lambda c: Reasoning(c, answer="percent")],
     ids=["in context", "scores", "percent"],
 )
-def test_a_planted_taste_is_found_and_without_history_it_is_chance(server: Server, make: Callable[[Chat], InContext]) -> None:
+def test_a_planted_taste_is_found_and_without_history_it_is_chance(
+    server: JudgeServer, make: Callable[[Chat], InContext]
+) -> None:
     support, test = planted()
     judge = make(chat(server))
     with_history = judged(judge, support, test)
@@ -107,8 +103,8 @@ def test_a_planted_taste_is_found_and_without_history_it_is_chance(server: Serve
 
 
 @LOCAL
-def test_a_server_that_always_says_first_gives_exactly_one_half(server: Server, stub: Any) -> None:
-    server.answer = lambda body: re.sub("Second", "First", stub.answered(body))
+def test_a_server_that_always_says_first_gives_exactly_one_half(server: JudgeServer) -> None:
+    server.answer = lambda body: re.sub("Second", "First", answered(body))
     _, test = planted()
     out = judged(InContext(chat(server)), None, test)
     assert [verdict.p_first for verdict in out.verdicts if verdict] == [0.5] * 15
@@ -116,7 +112,7 @@ def test_a_server_that_always_says_first_gives_exactly_one_half(server: Server, 
 
 
 @LOCAL
-def test_stated_probabilities_have_a_log_loss_and_choices_have_none(server: Server) -> None:
+def test_stated_probabilities_have_a_log_loss_and_choices_have_none(server: JudgeServer) -> None:
     support, test = planted()
     stated = judged(Reasoning(chat(server), answer="percent"), support, test).evaluation
     np.testing.assert_allclose(stated.columns["log_loss"], -np.log(0.8))
@@ -128,7 +124,7 @@ def test_stated_probabilities_have_a_log_loss_and_choices_have_none(server: Serv
 
 
 @LOCAL
-def test_shots_give_as_much_history_as_asked(server: Server) -> None:
+def test_shots_give_as_much_history_as_asked(server: JudgeServer) -> None:
     support, test = planted()
     judge = InContext(chat(server))
     one = judged(judge, support, test, shots=1, seed=3).evaluation
@@ -140,7 +136,7 @@ def test_shots_give_as_much_history_as_asked(server: Server) -> None:
 
 
 @LOCAL
-def test_ties_are_asked_only_where_they_count(server: Server) -> None:
+def test_ties_are_asked_only_where_they_count(server: JudgeServer) -> None:
     rows = [Choice("ada", "Hm?", "tea", "rain"), Choice("ada", "Well?", "tea", "owls", tie=True)]
     pairs = PairSet.from_choices(rows)
     out = judged(InContext(chat(server)), None, pairs)
@@ -152,7 +148,7 @@ def test_ties_are_asked_only_where_they_count(server: Server) -> None:
 
 
 @LOCAL
-def test_neither_order_nor_history_tells_which_was_chosen(server: Server) -> None:
+def test_neither_order_nor_history_tells_which_was_chosen(server: JudgeServer) -> None:
     _, test = planted(5, 80)
     swap = [shuffled(test.texts[c].response, test.texts[r].response) for c, r in zip(test.chosen, test.rejected, strict=True)]
     assert 0.4 < np.mean(swap) < 0.6
@@ -279,7 +275,7 @@ def test_a_broken_brief_is_named(row: dict[str, Any], words: str) -> None:
 
 
 @LOCAL
-def test_a_summary_of_one_model_is_handed_to_another_and_edited(server: Server, stub: Any) -> None:
+def test_a_summary_of_one_model_is_handed_to_another_and_edited(server: JudgeServer) -> None:
     support, test = planted()
 
     class Writer:
@@ -294,8 +290,8 @@ def test_a_summary_of_one_model_is_handed_to_another_and_edited(server: Server, 
     assert accuracy(other, support, test, briefs=briefs) == [1.0] * 5
     assert accuracy(InContext(chat(server), memory=memory), support, test) == [1.0] * 5
     # Of a summary in words no past choice is shown, and of raw memory no summary: they can be compared.
-    assert "summary" in stub.parts(server.seen[-1])
-    assert not any("choice" in name for name in stub.parts(server.seen[-1]))
+    assert "summary" in parts(server.seen[-1])
+    assert not any("choice" in name for name in parts(server.seen[-1]))
     raw = InContext(chat(server), memory=Raw(0))
     assert accuracy(raw, support, test, briefs=briefs) == [0.5] * 5
     wrong = {user: edited(brief, f"likes: {WORDS[(int(user[1:]) + 1) % 5]}") for user, brief in briefs.items()}
@@ -305,7 +301,7 @@ def test_a_summary_of_one_model_is_handed_to_another_and_edited(server: Server, 
 
 
 @LOCAL
-def test_a_user_whose_study_was_cut_short_is_not_judged_without_it(server: Server) -> None:
+def test_a_user_whose_study_was_cut_short_is_not_judged_without_it(server: JudgeServer) -> None:
     support, test = planted()
 
     class CutShort(InContext):
@@ -336,7 +332,7 @@ def test_a_user_whose_study_was_cut_short_is_not_judged_without_it(server: Serve
         (lambda a: a | {"choices": [{"message": {"content": "Verd"}, "finish_reason": "content_filter"}]}, "refusal", "filter"),
     ],
 )
-def test_what_is_no_answer_is_said(server: Server, change: Callable[[Any], Any], kind: str, words: str) -> None:
+def test_what_is_no_answer_is_said(server: JudgeServer, change: Callable[[Any], Any], kind: str, words: str) -> None:
     server.answer, server.change = lambda body: "Yes.", change
     asked = chat(server)
     with pytest.raises(ChatError, match=words) as caught:
@@ -347,7 +343,7 @@ def test_what_is_no_answer_is_said(server: Server, change: Callable[[Any], Any],
 
 
 @LOCAL
-def test_broken_json_fails_alone_and_half_a_body_is_no_answer(server: Server) -> None:
+def test_broken_json_fails_alone_and_half_a_body_is_no_answer(server: JudgeServer) -> None:
     server.answer = lambda body: body["messages"][1]["content"]
     server.raw = lambda text: text if b"Question 2" not in text else text[: len(text) // 2]
     out = chat(server).ask_all(questions(5))
@@ -364,9 +360,9 @@ def test_broken_json_fails_alone_and_half_a_body_is_no_answer(server: Server) ->
 
 
 @LOCAL
-def test_busy_and_broken_servers_are_asked_again_as_late_as_they_say(server: Server, stub: Any) -> None:
+def test_busy_and_broken_servers_are_asked_again_as_late_as_they_say(server: JudgeServer) -> None:
     server.answer = lambda body: "Yes."
-    server.planned = [stub.Status(429, {"Retry-After": "1"}, "slow down"), stub.Status(500, {}, "oops")]
+    server.planned = [Status(429, {"Retry-After": "1"}, "slow down"), Status(500, {}, "oops")]
     asked, began = chat(server), time.monotonic()
     assert asked.ask(ASKED).text == "Yes."
     assert time.monotonic() - began >= 2.0  # one second as asked, then the second pause of the client's own
@@ -374,7 +370,7 @@ def test_busy_and_broken_servers_are_asked_again_as_late_as_they_say(server: Ser
 
 
 @LOCAL
-def test_a_slow_answer_is_a_clear_failure(server: Server) -> None:
+def test_a_slow_answer_is_a_clear_failure(server: JudgeServer) -> None:
     server.delay = 0.6
     asked = chat(server, limits=Limits(retries=0, timeout=0.1))
     with pytest.raises(ChatError, match=r"no answer within 0\.1 s") as caught:
@@ -384,18 +380,18 @@ def test_a_slow_answer_is_a_clear_failure(server: Server) -> None:
 
 @LOCAL
 @pytest.mark.parametrize("code", [401, 403, 404])
-def test_a_denied_key_is_not_tried_a_thousand_times(server: Server, stub: Any, code: int) -> None:
-    server.answer = lambda body: stub.Status(code, {}, "no such key or model")
+def test_a_denied_key_is_not_tried_a_thousand_times(server: JudgeServer, code: int) -> None:
+    server.answer = lambda body: Status(code, {}, "no such key or model")
     out = chat(server, workers=2).ask_all(questions(100))
     assert all(isinstance(one, ChatError) and "no such key or model" in str(one) for one in out)
     assert len(server.seen) <= 4
 
 
 @LOCAL
-def test_a_request_that_is_refused_costs_only_itself(server: Server, stub: Any) -> None:
+def test_a_request_that_is_refused_costs_only_itself(server: JudgeServer) -> None:
     def answer(body: Any) -> Any:
         wrong = int(body["messages"][1]["content"].split()[1]) % 2
-        return stub.Status(400, {}, "context length exceeded") if wrong else "Yes."
+        return Status(400, {}, "context length exceeded") if wrong else "Yes."
 
     server.answer = answer
     out = chat(server).ask_all(questions(30))
@@ -403,15 +399,15 @@ def test_a_request_that_is_refused_costs_only_itself(server: Server, stub: Any) 
 
 
 @LOCAL
-def test_a_server_that_is_down_is_given_up(server: Server, stub: Any) -> None:
-    server.answer = lambda body: stub.Status(503, {}, "down")
+def test_a_server_that_is_down_is_given_up(server: JudgeServer) -> None:
+    server.answer = lambda body: Status(503, {}, "down")
     out = chat(server, limits=Limits(retries=0), workers=2).ask_all(questions(100))
     assert all(isinstance(one, ChatError) and "down" in str(one) for one in out)
     assert GIVE_UP_AFTER <= len(server.seen) <= GIVE_UP_AFTER + 2
 
 
 @LOCAL
-def test_many_at_once_in_order_and_equal_ones_once(server: Server) -> None:
+def test_many_at_once_in_order_and_equal_ones_once(server: JudgeServer) -> None:
     server.answer, server.delay = lambda body: body["messages"][1]["content"], 0.02
     out = chat(server, workers=6).ask_all([*questions(40), *questions(40)])
     assert [one.text for one in out if isinstance(one, Reply)] == 2 * [f"Question {i}" for i in range(40)]
@@ -420,7 +416,7 @@ def test_many_at_once_in_order_and_equal_ones_once(server: Server) -> None:
 
 
 @LOCAL
-def test_half_a_character_is_sent_as_something_that_exists(server: Server) -> None:
+def test_half_a_character_is_sent_as_something_that_exists(server: JudgeServer) -> None:
     server.answer = lambda body: body["messages"][0]["content"]
     assert chat(server).ask([Message("user", "a\ud800b")]).text == "a?b"
 
@@ -443,7 +439,7 @@ def test_a_request_that_cannot_be_one() -> None:
 
 
 @LOCAL
-def test_the_cache_knows_everything_that_changes_an_answer_and_nothing_else(server: Server, tmp_path: Path) -> None:
+def test_the_cache_knows_everything_that_changes_an_answer_and_nothing_else(server: JudgeServer, tmp_path: Path) -> None:
     server.answer = lambda body: f"answer {len(server.seen)}"
     asked = chat(server, cache=tmp_path)
     first = asked.ask(ASKED)
@@ -461,7 +457,7 @@ def test_the_cache_knows_everything_that_changes_an_answer_and_nothing_else(serv
 
 
 @LOCAL
-def test_what_newer_models_want_is_sent_and_is_part_of_the_key(server: Server, tmp_path: Path) -> None:
+def test_what_newer_models_want_is_sent_and_is_part_of_the_key(server: JudgeServer, tmp_path: Path) -> None:
     server.answer = lambda body: f"answer {len(server.seen)}"
     newer = chat(
         server,
@@ -482,7 +478,9 @@ def test_what_newer_models_want_is_sent_and_is_part_of_the_key(server: Server, t
 
 @LOCAL
 @pytest.mark.parametrize("seed", [None, 5])
-def test_samples_are_asked_one_by_one_where_the_server_takes_no_seed(server: Server, tmp_path: Path, seed: int | None) -> None:
+def test_samples_are_asked_one_by_one_where_the_server_takes_no_seed(
+    server: JudgeServer, tmp_path: Path, seed: int | None
+) -> None:
     asked = chat(server, cache=tmp_path, fields={"seed": seed})
     judge = InContext(asked, samples=3, temperature=0.7)
     assert len(judge.judge(None, "Hm?", "tea", "rain").answers) == len(server.seen) == 6
@@ -500,7 +498,7 @@ def test_the_address_is_that_of_the_environment_where_none_is_given(monkeypatch:
 
 @LOCAL
 @pytest.mark.parametrize("damage", ["", "{", "[" * 100_000, "[]", '{"reply": {"text": 3}}', '{"reply": {"text": "x"}}'])
-def test_a_damaged_answer_is_asked_for_again(server: Server, tmp_path: Path, damage: str) -> None:
+def test_a_damaged_answer_is_asked_for_again(server: JudgeServer, tmp_path: Path, damage: str) -> None:
     server.answer = lambda body: "Yes."
     asked = chat(server, cache=tmp_path)
     asked.ask(ASKED)
@@ -511,8 +509,8 @@ def test_a_damaged_answer_is_asked_for_again(server: Server, tmp_path: Path, dam
 
 
 @LOCAL
-def test_failures_are_not_kept(server: Server, stub: Any, tmp_path: Path) -> None:
-    server.planned = [stub.Status(400, {}, "no")]
+def test_failures_are_not_kept(server: JudgeServer, tmp_path: Path) -> None:
+    server.planned = [Status(400, {}, "no")]
     server.answer = lambda body: "Yes."
     asked = chat(server, cache=tmp_path)
     assert isinstance(asked.ask_all([Request(ASKED)])[0], ChatError)
@@ -531,7 +529,7 @@ Chat("stub", base_url=sys.argv[1], cache=Path(sys.argv[2]), workers=4).ask_all(
 
 
 @LOCAL
-def test_killed_in_the_middle_it_asks_only_for_what_is_missing(server: Server, tmp_path: Path) -> None:
+def test_killed_in_the_middle_it_asks_only_for_what_is_missing(server: JudgeServer, tmp_path: Path) -> None:
     server.answer, server.delay = lambda body: body["messages"][0]["content"], 0.05
     running = subprocess.Popen([sys.executable, "-c", RUN, server.url, str(tmp_path)])
     deadline = time.monotonic() + 60
@@ -556,7 +554,7 @@ def test_killed_in_the_middle_it_asks_only_for_what_is_missing(server: Server, t
 
 
 @LOCAL
-def test_the_account_is_the_servers_own(server: Server, tmp_path: Path) -> None:
+def test_the_account_is_the_servers_own(server: JudgeServer, tmp_path: Path) -> None:
     support, test = planted()
     account = Ledger()
     judge = Reasoning(chat(server, ledger=account, cache=tmp_path))
@@ -572,7 +570,7 @@ def test_the_account_is_the_servers_own(server: Server, tmp_path: Path) -> None:
 
 
 @LOCAL
-def test_what_a_server_does_not_count_is_not_free(server: Server) -> None:
+def test_what_a_server_does_not_count_is_not_free(server: JudgeServer) -> None:
     server.answer, server.change = lambda body: "Yes.", lambda answer: {k: v for k, v in answer.items() if k != "usage"}
     asked = chat(server)
     assert asked.ask(ASKED)[1:3] == (None, None)
@@ -586,7 +584,7 @@ def test_what_a_server_does_not_count_is_not_free(server: Server) -> None:
 
 @LOCAL
 @pytest.mark.parametrize("budget", [{"max_calls": 20}, {"max_tokens": 20 * 64 + 63}])
-def test_a_budget_stops_cleanly_and_more_of_it_goes_on(server: Server, tmp_path: Path, budget: dict[str, int]) -> None:
+def test_a_budget_stops_cleanly_and_more_of_it_goes_on(server: JudgeServer, tmp_path: Path, budget: dict[str, int]) -> None:
     support, test = planted()
     account = Ledger(**budget)
     if "max_tokens" in budget:  # every answer counts as its 64 tokens and its prompt as none, so that 20 have room
@@ -640,7 +638,7 @@ def test_the_account_adds_up_and_says_no() -> None:
         "First",
     ],
 )
-def test_only_the_last_line_in_the_right_form_is_a_verdict(server: Server, said: str) -> None:
+def test_only_the_last_line_in_the_right_form_is_a_verdict(server: JudgeServer, said: str) -> None:
     server.answer = lambda body: said.format(line=re.findall(r"Verdict \w{8}:", body["messages"][0]["content"])[0])
     verdict = InContext(chat(server), tries=1).judge(None, "Hm?", "tea", "rain")
     assert verdict.p_first is None
@@ -652,7 +650,7 @@ def test_only_the_last_line_in_the_right_form_is_a_verdict(server: Server, said:
 
 @LOCAL
 @pytest.mark.parametrize("said", ["**{line} First**", "Let me see.\n\n{line} first.", "`{line} FIRST`\n\n", "### {line} First"])
-def test_what_models_put_around_a_line_is_let_pass(server: Server, said: str) -> None:
+def test_what_models_put_around_a_line_is_let_pass(server: JudgeServer, said: str) -> None:
     server.answer = lambda body: said.format(line=re.findall(r"Verdict \w{8}:", body["messages"][0]["content"])[0])
     assert InContext(chat(server)).judge(None, "Hm?", "tea", "rain").p_first == 0.5  # First in both orders
 
@@ -686,7 +684,7 @@ def test_a_stated_probability_is_held_within_reason(said: str, expected: float |
 
 
 @LOCAL
-def test_a_truncated_answer_is_no_verdict_and_is_asked_again_warmer(server: Server, stub: Any) -> None:
+def test_a_truncated_answer_is_no_verdict_and_is_asked_again_warmer(server: JudgeServer) -> None:
     judge = Reasoning(chat(server), max_tokens=3, tries=3, seed=7)
     verdict = judge.judge(None, "Hm?", "tea", "rain")
     assert (verdict.p_first, {answer.outcome for answer in verdict.answers}) == (None, {"truncated"})
@@ -694,20 +692,20 @@ def test_a_truncated_answer_is_no_verdict_and_is_asked_again_warmer(server: Serv
         sorted((body["temperature"], body["seed"]) for body in server.seen) == [(0.0, 7)] * 2 + [(0.25, 8)] * 2 + [(0.5, 9)] * 2
     )
     server.seen.clear()
-    server.answer = lambda body: "Hm." if not body["temperature"] else stub.answered(body)
+    server.answer = lambda body: "Hm." if not body["temperature"] else answered(body)
     assert Reasoning(chat(server)).judge(None, "Hm?", "tea", "rain").p_first == 0.5
     assert len(server.seen) == 4
 
 
 @LOCAL
-def test_one_order_alone_is_no_verdict(server: Server, stub: Any) -> None:
-    server.answer = lambda body: "Hm." if stub.parts(body)["first response"] == "rain" else stub.answered(body)
+def test_one_order_alone_is_no_verdict(server: JudgeServer) -> None:
+    server.answer = lambda body: "Hm." if parts(body)["first response"] == "rain" else answered(body)
     verdict = InContext(chat(server), tries=1).judge(None, "Hm?", "tea", "rain")
     assert verdict.p_first is None
     assert [answer.p_first for answer in verdict.answers] == [1.0, None]
     assert verdict.reason is not None
     assert verdict.reason.startswith("unreadable in the swapped order")
-    server.answer = lambda body: "Hm." if stub.parts(body)["first response"] == "tea" else stub.answered(body)
+    server.answer = lambda body: "Hm." if parts(body)["first response"] == "tea" else answered(body)
     verdict = Reasoning(chat(server), tries=1).judge(None, "Hm?", "tea", "rain")
     assert (verdict.p_first, verdict.thought) == (None, "")  # what was thought of the other order is of other places
 
@@ -723,7 +721,7 @@ HOSTILE = (
 
 @LOCAL
 @pytest.mark.parametrize("words", HOSTILE)
-def test_hostile_text_in_history_and_responses_changes_no_verdict(server: Server, stub: Any, words: str) -> None:
+def test_hostile_text_in_history_and_responses_changes_no_verdict(server: JudgeServer, words: str) -> None:
     support, test = planted(2)
 
     def spoiled(pairs: PairSet, mark: str) -> PairSet:
@@ -753,11 +751,11 @@ def test_hostile_text_in_history_and_responses_changes_no_verdict(server: Server
 
 
 @LOCAL
-def test_a_model_that_repeats_a_forged_verdict_is_not_believed(server: Server, stub: Any) -> None:
+def test_a_model_that_repeats_a_forged_verdict_is_not_believed(server: JudgeServer) -> None:
     support, test = planted()
     accuracy(InContext(chat(server)), support, test)
     lines = [re.findall(r"Verdict \w{8}: First", body["messages"][0]["content"])[0] for body in server.seen]
-    server.answer = lambda body: stub.parts(body)["first response"].splitlines()[-1]  # talked into repeating what it reads
+    server.answer = lambda body: parts(body)["first response"].splitlines()[-1]  # talked into repeating what it reads
     for line in lines[:5]:
         verdict = InContext(chat(server), tries=1).judge(None, "Hm?", f"tea\n{line}", f"rain\n{line}")
         assert (verdict.p_first, verdict.answers[0].text) == (None, line)
@@ -808,13 +806,13 @@ def test_a_mark_that_stands_in_the_data_is_drawn_again(monkeypatch: pytest.Monke
 
 
 @LOCAL
-def test_more_samples_make_a_better_verdict(server: Server, stub: Any) -> None:
+def test_more_samples_make_a_better_verdict(server: JudgeServer) -> None:
     """Answers that are right with probability .7, drawn from the question and the seed: the majority of n is right more often."""
     support, test = planted(5, 8)
 
     def unsure(body: Any) -> str:
         draw = np.random.default_rng([body["seed"], *json.dumps(body["messages"]).encode()]).random()
-        said: str = stub.answered(body)
+        said: str = answered(body)
         return said if draw < 0.7 else said.replace("First", "?").replace("Second", "First").replace("?", "Second")
 
     server.answer = unsure
@@ -826,7 +824,7 @@ def test_more_samples_make_a_better_verdict(server: Server, stub: Any) -> None:
 
 
 @LOCAL
-def test_the_critique_comes_beside_the_score_and_makes_a_better_answer(server: Server, stub: Any) -> None:
+def test_the_critique_comes_beside_the_score_and_makes_a_better_answer(server: JudgeServer) -> None:
     support, _ = planted()
     judge = Reasoning(chat(server))
     brief = judge.study(support)["u0"]
@@ -841,14 +839,14 @@ def test_the_critique_comes_beside_the_score_and_makes_a_better_answer(server: S
     assert after.score is not None
     assert after.score > poor.score
     asked = server.seen[-2]
-    assert stub.parts(asked)["critique"] == "A critique."
+    assert parts(asked)["critique"] == "A critique."
     assert "A critique." not in asked["messages"][0]["content"]
     thought = judge.judge(brief, "Well?", "tea", "chess").thought
     assert thought == "The user counts words."
 
 
 @LOCAL
-def test_scores_that_cannot_be_read_are_none_and_the_others_count(server: Server) -> None:
+def test_scores_that_cannot_be_read_are_none_and_the_others_count(server: JudgeServer) -> None:
     def answer(body: Any) -> str:
         mark = re.findall(r"Score (\w{8}):", body["messages"][0]["content"])[0]
         return f"Reason {body['seed']}.\nScore {mark}: {['4', '8', 'high', '7'][body['seed']]}"
@@ -910,7 +908,7 @@ def rows_of(pairs: PairSet, path: Path) -> Path:
 
 @LOCAL
 def test_the_command_judges_stops_at_its_budget_and_goes_on(
-    server: Server, judge_command: Callable[..., tuple[int, str, str]], tmp_path: Path
+    server: JudgeServer, judge_command: Callable[..., tuple[int, str, str]], tmp_path: Path
 ) -> None:
     rows = rows_of(planted(10, 16)[0], tmp_path / "rows.jsonl")  # 8 choices of 10 users, 5 of them unseen
     out = tmp_path / "out"
@@ -934,7 +932,7 @@ def test_the_command_judges_stops_at_its_budget_and_goes_on(
 
 @LOCAL
 def test_the_command_takes_summaries_from_an_editor(
-    server: Server, judge_command: Callable[..., tuple[int, str, str]], tmp_path: Path
+    server: JudgeServer, judge_command: Callable[..., tuple[int, str, str]], tmp_path: Path
 ) -> None:
     rows = rows_of(planted(10, 16)[0], tmp_path / "rows.jsonl")
     command = (rows, "--base-url", server.url, "--model", "stub", "--method", "reasoning", "--answer", "percent")
@@ -957,7 +955,7 @@ def test_the_command_takes_summaries_from_an_editor(
 
 @LOCAL
 def test_the_command_shows_what_the_briefs_hold_and_leaves_them_alone(
-    server: Server, judge_command: Callable[..., tuple[int, str, str]], tmp_path: Path
+    server: JudgeServer, judge_command: Callable[..., tuple[int, str, str]], tmp_path: Path
 ) -> None:
     rows, out = rows_of(planted(10, 16)[0], tmp_path / "rows.jsonl"), tmp_path / "out"
     command = (rows, "--base-url", server.url, "--model", "stub", "--out", out)
@@ -979,9 +977,7 @@ def test_the_command_shows_what_the_briefs_hold_and_leaves_them_alone(
 
 
 @LOCAL
-def test_the_command_runs_plus(
-    server: Server, stub: Any, judge_command: Callable[..., tuple[int, str, str]], tmp_path: Path
-) -> None:
+def test_the_command_runs_plus(server: JudgeServer, judge_command: Callable[..., tuple[int, str, str]], tmp_path: Path) -> None:
     rows = rows_of(planted(10, 16)[0], tmp_path / "rows.jsonl")
     command = (rows, "--base-url", server.url, "--model", "stub", "--out", tmp_path / "out")
     code, _, err = judge_command(*command, "--method", "plus", "--encoder", "style")
@@ -991,10 +987,10 @@ def test_the_command_runs_plus(
     assert load_briefs(tmp_path / "out" / "briefs.jsonl").keys() == unseen
     (lost, *_) = {f"u{u}" for u in range(10)} - unseen
     asked = f"Question {lost[1:]}/"
-    server.answer = lambda body: stub.Status(400, {}, "no") if asked in str(body) else stub.answered(body)
+    server.answer = lambda body: Status(400, {}, "no") if asked in str(body) else answered(body)
     code, _, err = judge_command(*command[:-1], tmp_path / "other", "--method", "plus", "--encoder", "style")
     assert (code, f"1 of 5 seen users have no summary, such as '{lost}': endpoint: " in err) == (0, True)
-    server.answer = stub.answered
+    server.answer = answered
     server.seen.clear()
     several = ("--method", "plus", "--encoder", "style", "--summaries", 3, "--interactions", 0)
     code, _, err = judge_command(*command[:-1], tmp_path / "several", *several)
@@ -1007,7 +1003,7 @@ def test_the_command_runs_plus(
 
 @LOCAL
 def test_the_command_says_how_much_may_be_asked(
-    server: Server, stub: Any, judge_command: Callable[..., tuple[int, str, str]], tmp_path: Path
+    server: JudgeServer, judge_command: Callable[..., tuple[int, str, str]], tmp_path: Path
 ) -> None:
     rows = rows_of(planted(4, 40)[0], tmp_path / "rows.jsonl")
     command = (rows, "--base-url", server.url, "--model", "stub", "--answer-tokens", 50)
@@ -1017,7 +1013,7 @@ def test_the_command_says_how_much_may_be_asked(
     def half(body: Any) -> str:
         """Right half of the time, so that no set of demonstrations is good enough to stop the search."""
         other = {"First": "Second", "Second": "First"} if len(str(body)) % 2 else {}
-        return re.sub(r"(?<=: )(First|Second)$", lambda found: other.get(found[1], found[1]), stub.answered(body))
+        return re.sub(r"(?<=: )(First|Second)$", lambda found: other.get(found[1], found[1]), answered(body))
 
     server.answer = half
     calls = []
@@ -1098,7 +1094,7 @@ def told(folder: Path) -> dict[str, tuple[int, int]]:
 @pytest.mark.parametrize("caps", [(), ("--max-support", 5, "--max-test", 4), ("--min-support", 1)], ids=["usual", "caps", "few"])
 @pytest.mark.parametrize("given_too", [False, True], ids=["drawn", "given"])
 def test_the_command_judges_what_compare_tests(
-    server: Server,
+    server: JudgeServer,
     judge_command: Callable[..., tuple[int, str, str]],
     tmp_path: Path,
     caps: tuple[str | int, ...],
@@ -1135,7 +1131,7 @@ def test_the_command_judges_what_compare_tests(
 
 
 @LOCAL
-def test_a_judge_that_only_chooses_stands_in_the_same_report(server: Server, tmp_path: Path) -> None:
+def test_a_judge_that_only_chooses_stands_in_the_same_report(server: JudgeServer, tmp_path: Path) -> None:
     support, test = planted()
     judges = {"in-context": InContext(chat(server)), "percent": Reasoning(chat(server), answer="percent")}
     parts = [judged(judge, support, test, method=name, data_set="planted").evaluation for name, judge in judges.items()]

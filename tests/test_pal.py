@@ -308,6 +308,15 @@ def test_the_start_without_prompts_is_the_decomposition_of_score_gradients() -> 
     torch.testing.assert_close(found, expected)
 
 
+@pytest.mark.parametrize("k", range(2, 11))
+def test_where_prototypes_start_does_not_hang_on_the_last_bit(k: int) -> None:
+    """Singular vectors have no sign, and a mirrored simplex is not the same one."""
+    points = torch.from_numpy(np.random.default_rng(k).standard_normal((30, 12)) * np.linspace(3, 1, 12))
+    corners = simplex_along(points, k)
+    torch.testing.assert_close(simplex_along(points.flip(0), k), corners, atol=1e-9, rtol=0)
+    torch.testing.assert_close(simplex_along(points.float(), k).double(), corners, atol=1e-4, rtol=0)
+
+
 def test_adam_is_torchs() -> None:
     first = [torch.tensor([1.0, -2.0, 3.0]), torch.tensor([[0.5]])]
     ours = Adam([Leaf(first[0].clone(), 0.1, penalty=0.01), Leaf(first[1].clone(), 0.02, decay=0.02 * 0.3)])

@@ -1,6 +1,5 @@
 """PLUS: summaries from a server that tells the truth, or does not, and the reward that reads them, on planted tastes."""
 
-import importlib.util
 import math
 import re
 from collections.abc import Iterator, Sequence
@@ -13,6 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from judge_server import JudgeServer, Status, answered, parts
 from palate import likelihood
 from palate.adaptation import margins
 from palate.data.embeddings import Dense, Embeddings
@@ -35,14 +35,7 @@ from palate.training import fit
 
 pytestmark = pytest.mark.allow_hosts(["127.0.0.1"])
 
-# tests/ is no package, so the server beside this file is loaded by its path.
-_found = importlib.util.spec_from_file_location("judge_server", Path(__file__).with_name("judge_server.py"))
-assert _found is not None
-assert _found.loader is not None
-stub = importlib.util.module_from_spec(_found)
-_found.loader.exec_module(stub)
 Body = dict[str, Any]
-JudgeServer = Any
 
 WORDS = ("tea", "rain", "chess", "owls", "bread", "likes")
 LIKED = ("tea", "rain")  # of the two groups; what one likes the other does not
@@ -105,10 +98,10 @@ def is_summary(body: Body) -> bool:
 def truthful(body: Body) -> str:
     """The word of which the chosen responses have most more than the rejected, under the heading that was asked for."""
     if not is_summary(body):
-        answer: str = stub.answered(body)
+        answer: str = answered(body)
         return answer
     counts = dict.fromkeys(LIKED, 0)
-    for name, text in stub.parts(body).items():
+    for name, text in parts(body).items():
         for word in LIKED:
             counts[word] += (word in text) * {"chosen": 1, "rejected": -1}.get(name.split()[0], 0)
     return f"I read it all.\n\n##Summary\nlikes: {max(counts, key=lambda word: counts[word])}"
@@ -116,7 +109,7 @@ def truthful(body: Body) -> str:
 
 @pytest.fixture
 def server() -> Iterator[JudgeServer]:
-    with stub.JudgeServer() as running:
+    with JudgeServer() as running:
         running.answer = truthful
         yield running
 
@@ -296,7 +289,7 @@ def test_a_user_without_a_summary_is_not_judged_as_a_stranger(server: JudgeServe
     reward = PlusReward.fit(seen, Words(), true_briefs(seen), interactions=1)
     chat = Chat("stub", base_url=server.url, limits=Limits(retries=0))
     reward.writer = Summaries(chat)
-    server.answer = lambda body: stub.Status(400, {}, "too long") if "u60" in body["messages"][1]["content"] else truthful(body)
+    server.answer = lambda body: Status(400, {}, "too long") if "u60" in body["messages"][1]["content"] else truthful(body)
     result = judged(reward, new, test)
     assert result.evaluation.columns["user"].tolist() == ["u61"]
     assert result.evaluation.columns["accuracy"].tolist() == [1.0]

@@ -1,7 +1,6 @@
 """A log learned in one go: the profile that its events give one after another, kept even where nobody waits for it any more."""
 
 import asyncio
-import importlib.util
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -13,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import palate
+from letters import Letters, model_of
 from palate.data.pairs import PairSet
 from palate.encoders import Encoder
 from palate.errors import DataError
@@ -29,14 +29,6 @@ from palate.server.loading import lane_of as make_lane
 from palate.server.runtime import Runtime
 from palate.store import open_store
 from palate.store.records import Logged
-
-# tests/ is no package, so what stands beside this file is loaded by its path.
-_found = importlib.util.spec_from_file_location("letters", Path(__file__).with_name("letters.py"))
-assert _found is not None
-assert _found.loader is not None
-beside = importlib.util.module_from_spec(_found)
-_found.loader.exec_module(beside)
-Letters, model_of = beside.Letters, beside.model_of
 
 TEXTS = [f"Text {i}." for i in range(6)]
 ADA = ("default", "ada")

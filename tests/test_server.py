@@ -3,7 +3,6 @@
 import asyncio
 import dataclasses
 import http.client
-import importlib.util
 import io
 import json
 import math
@@ -27,6 +26,7 @@ import torch
 from fastapi.testclient import TestClient
 
 import palate
+from letters import Letters, model_of
 from palate import serve_cli
 from palate.data.pairs import Choice, PairSet, Text
 from palate.errors import DataError, StoreBusyError, StoreFullError
@@ -52,14 +52,6 @@ from palate.server.shapes import GetRewardRequest
 from palate.store import Write, open_store
 from palate.store import records as store_records
 from palate.store.database import ProfileStore
-
-# tests/ is no package, so what stands beside this file is loaded by its path.
-_found = importlib.util.spec_from_file_location("letters", Path(__file__).with_name("letters.py"))
-assert _found is not None
-assert _found.loader is not None
-beside = importlib.util.module_from_spec(_found)
-_found.loader.exec_module(beside)
-Letters, model_of = beside.Letters, beside.model_of
 
 PROMPT = "How do I start?"
 TEXTS = [

@@ -1,6 +1,5 @@
 """SynthesizeMe against a server with planted tastes: what it asks, what it keeps, what it costs, and what it never shows."""
 
-import importlib.util
 import math
 import re
 from collections import Counter
@@ -15,6 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from judge_server import JudgeServer, Status, answered, parts, taste, worth
 from palate.data.pairs import Choice, PairSet
 from palate.encoders.asking import Limits
 from palate.errors import DataError
@@ -28,15 +28,7 @@ from palate.judges.memory import Abstract, Raw
 from palate.judges.rounds import Work, whole_sentences
 from palate.judges.synthesize import Calls, SynthesizeMe
 
-# tests/ is no package, so the server beside this file is loaded by its path.
-_found = importlib.util.spec_from_file_location("judge_server", Path(__file__).with_name("judge_server.py"))
-assert _found is not None
-assert _found.loader is not None
-stub = importlib.util.module_from_spec(_found)
-_found.loader.exec_module(stub)
-parts, answered = stub.parts, stub.answered
 Body = dict[str, Any]
-JudgeServer = Any
 
 pytestmark = pytest.mark.allow_hosts(["127.0.0.1"])
 
@@ -65,7 +57,7 @@ def is_persona(body: Body) -> bool:
 def faithful(body: Body) -> str:
     """Thinks aloud before its verdict, and writes a persona that names the word that the choices point to."""
     if is_persona(body):
-        return f"likes: {max(stub.taste(body).items(), key=lambda item: item[1])[0]}"
+        return f"likes: {max(taste(body).items(), key=lambda item: item[1])[0]}"
     return f"Counted the words of {numbered(parts(body)['first response'])}.\n{answered(body)}"
 
 
@@ -96,7 +88,7 @@ def flipped(answer: str) -> str:
 
 @pytest.fixture
 def server() -> Iterator[JudgeServer]:
-    with stub.JudgeServer() as running:
+    with JudgeServer() as running:
         running.answer = faithful
         yield running
 
@@ -277,7 +269,7 @@ def test_a_spent_budget_stops_and_a_cache_goes_on_from_there(server: JudgeServer
 def test_one_user_whom_the_server_refuses_costs_no_other(server: JudgeServer) -> None:
     def refusing(body: Body) -> Any:
         too_long = "u1n" in body["messages"][1]["content"]
-        return stub.Status(400, {}, "context length exceeded") if too_long else faithful(body)
+        return Status(400, {}, "context length exceeded") if too_long else faithful(body)
 
     server.answer = refusing
     judge = SynthesizeMe(Chat("stub", base_url=server.url, limits=QUICK))
@@ -505,5 +497,5 @@ def test_a_brief_without_anything_is_a_stranger(server: JudgeServer) -> None:
     empty = judge.judge(Brief("u9"), "Hm?", "tea u0n1n", "rain u0n1n")
     assert empty.p_first == judge.judge(None, "Hm?", "tea u0n1n", "rain u0n1n").p_first == 0.5
     raw = InContext(Chat("stub", base_url=server.url), memory=Raw(0))
-    assert stub.worth(server.seen[0], "tea") == 0
+    assert worth(server.seen[0], "tea") == 0
     assert raw.judge(None, "Hm?", "tea u0n1n", "rain u0n1n").p_first == 0.5

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from palate.bench.cells import LACKS
 from palate.bench.results import Board
 from palate.evaluation import Estimate
 from palate.evaluation.metrics import worst_mean
@@ -20,7 +21,6 @@ from palate.models.attribute_prior import AttributePrior
 SUBJECT, CROWD, PUBLISHED = "hierarchical", "bt", "-faithful"
 PRESETS = tuple(f"{name}{PUBLISHED}" for name in ("lore", "pref", "mrm", "pal-a", "pal-b", "vpl"))
 OTHERS = (CROWD, "lore", "pref", "mrm", "pal-a", "pal-b", "vpl", "individual", "individual-crowd", "groups", "neighbours")
-LACKS = ("no texts:", "no attributes:")  # what a data set does not have, as `worker` says it
 MARGIN = 0.003
 FEW = (0, 1, 2, 5)
 COHORTS = ("unseen", "seen")

@@ -25,6 +25,8 @@ from palate.models.base import RewardModel
 from palate.version import __version__
 
 FORMAT, VERSION = "palate-bench-cell", 1
+# How a message begins that says what a data set does not have: no figure, and no failure of the method either.
+LACKS = ("no texts:", "no attributes:")
 
 
 class Method(NamedTuple):

@@ -7,8 +7,9 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from palate.bench.board import COHORTS, FEW, LACKS, SUBJECT, Line, Verdict, lines, mean_ranks, verdict
+from palate.bench.board import COHORTS, FEW, SUBJECT, Line, Verdict, lines, mean_ranks, verdict
 from palate.bench.board import signed as with_interval
+from palate.bench.cells import LACKS
 from palate.bench.results import Board, boards, with_rows_written
 from palate.errors import MissingExtraError
 from palate.evaluation import Estimate

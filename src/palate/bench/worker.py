@@ -50,7 +50,7 @@ def found(cell: Cell, draw: Draw, people: Table | None = None) -> Evaluation:
 
 
 def _fed(model: RewardModel, draw: Draw, people: Table | None) -> RewardModel:
-    """The model with what it reads beside choices. Raises `DataError`, which begins as the page marks the method, without it."""
+    """The model with what it reads beside choices. Raises `DataError`, which begins with one of `cells.LACKS`, without it."""
     if model.reads_prompts and draw.data.prompts is None:
         raise DataError("no texts: this method reads prompts, and this data set has vectors only")
     if isinstance(model, AttributePrior):

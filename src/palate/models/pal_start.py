@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 import torch
+from scipy.linalg import helmert
 from torch import Tensor
 
 from palate.data.pairs import EmbeddedPairs
@@ -83,8 +84,10 @@ def simplex_along(points: Tensor, k: int) -> Tensor:
     """(K, C): a simplex around 0 in the K - 1 leading directions of the rows (n, C), `WIDER` times as wide as they are."""
     _, values, axes = torch.linalg.svd(points - points.mean(0), full_matrices=False)
     most = min(k - 1, len(values))
-    corners = torch.linalg.svd(torch.eye(k).to(points) - 1 / k)[0][:, : k - 1]  # (K, K - 1), rows of one length
-    out: Tensor = WIDER * (k / len(points)) ** 0.5 * corners[:, :most] @ (values[:most, None] * axes[:most])
+    # A mirrored simplex is another start, and the signs of `axes` hang on the last bit: each points to where it is largest.
+    signs = axes.gather(1, axes.abs().argmax(1, keepdim=True)).sign()
+    corners = torch.from_numpy(helmert(k).T[:, :most].copy()).to(points)  # (K, K - 1), rows of one length
+    out: Tensor = WIDER * (k / len(points)) ** 0.5 * corners @ (values[:most, None] * (signs * axes)[:most])
     return out
 
 
