@@ -50,6 +50,21 @@ def test_every_command_has_help(command: str, palate_command: Run) -> None:
     assert len(out) > 200
 
 
+def test_threads_that_wait_do_not_spin_unless_the_caller_wants_it(
+    palate_command: Run, monkeypatch: pytest.MonkeyPatch, alone: Callable[[Path], str], tmp_path: Path
+) -> None:
+    """OpenMP reads the variable when torch is loaded, so it has to be there before."""
+    monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
+    palate_command("--version")
+    assert os.environ["OMP_WAIT_POLICY"] == "ACTIVE"
+    monkeypatch.delenv("OMP_WAIT_POLICY")
+    palate_command("--version")
+    assert os.environ["OMP_WAIT_POLICY"] == "PASSIVE"
+    script = tmp_path / "script.py"
+    script.write_text("import sys\nimport palate.cli\nassert 'torch' not in sys.modules\n")
+    assert alone(script) == ""
+
+
 def test_an_unknown_option_is_a_usage_error(palate_command: Run) -> None:
     code, out, err = palate_command("fit", "rows.jsonl", "--encodr", "style")
     assert (code, out) == (2, "")

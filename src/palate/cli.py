@@ -4,6 +4,7 @@ Exit codes: 0 done; 1 done, and bad rows or a broken part were found; 2 not done
 """
 
 import json
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -366,6 +367,9 @@ def doctor() -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and leave with its exit code."""
+    # Read once, when torch is loaded, which is later. By default threads that wait keep their cores busy, and where other work
+    # wants these too a fit takes many times as long.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     given = list(sys.argv[1:] if arguments is None else arguments)
     ours = given[: given.index("--")] if "--" in given else given
     debug = "--debug" in ours  # people add it to the end of the line that failed
