@@ -196,7 +196,10 @@ def test_a_process_killed_while_it_saves_leaves_a_model_that_loads(tmp_path: Pat
     began = time.perf_counter()
     models[0].save_pretrained(folder)
     once = time.perf_counter() - began  # a busy disk takes a hundred times as long as an idle one
-    for trial in range(40):
+    whole = {model.fingerprint() for model in models}
+    for trial in range(400):
+        if trial >= 40 and seen == whole:  # on a busy machine forty children may not have come so far
+            break
         child = os.fork()
         if child == 0:  # pragma: no cover - never returns
             while True:
@@ -207,7 +210,8 @@ def test_a_process_killed_while_it_saves_leaves_a_model_that_loads(tmp_path: Pat
         os.waitpid(child, 0)
         if (folder / files.CONFIG).exists():
             seen.add(palate.load_model(folder).fingerprint())
-    assert seen == {model.fingerprint() for model in models}
+            assert seen <= whole
+    assert seen == whole
 
 
 def test_a_model_is_read_whole_while_another_is_written(tmp_path: Path) -> None:
