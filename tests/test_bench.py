@@ -643,7 +643,10 @@ def test_a_part_of_the_promise_says_of_how_many_methods_it_was_held() -> None:
     known = made_board({"hierarchical": BASE, **lower}, failed=[*without, *broke])
     found = board.verdict(known, "unseen")  # what cannot run there is not missing; what failed is
     assert [check.figures.partition("; ")[2] for check in found.checks] == ["", "2 of 5 presets", "2 of 10 others"]
-    assert "; 2 of 5 presets)" in pages.markdown(pages.page([known]))
+    text = pages.markdown(pages.page([known]))
+    assert "; 2 of 5 presets)" in text
+    assert "- PAL-B cannot be measured here: no texts: this method reads prompts\n" in text  # and has not failed
+    assert "- VPL (as published) failed (fit, seeds 0): it diverged\n" in text
     every = made_board({"hierarchical": BASE} | dict.fromkeys(usual, BASE - 0.1))
     assert board.verdict(every, "unseen").checks[1].figures.endswith("; 6 of 6 presets")
     assert board.verdict(every, "unseen").checks[2].figures.endswith("; 11 of 11 others")

@@ -140,11 +140,18 @@ def _shown(board: Board, table: Sequence[Line]) -> Shown:
     said: dict[tuple[str, str, str], list[int]] = {}
     for failure in board.evaluation.failures:
         said.setdefault((failure.method, failure.stage, failure.message), []).append(failure.seed)
-    failures = tuple(f"{label(m)} failed ({s}, seeds {', '.join(map(str, n))}): {why}" for (m, s, why), n in said.items())
+    failures = tuple(_unmeasured(*cell, seeds) for cell, seeds in said.items())
     lacks = {m: why.partition(":")[0] for m, _, why in said if why.startswith(LACKS)}
     rows = tuple(_row(line, len(board.seeds), lacks.get(line.method)) for line in table)
     stress = names.index(SUBJECT) if SUBJECT in names else None
     return Shown(f"{board.data_set}: {board.condition}", f"{note}.", rows, stress, failures)
+
+
+def _unmeasured(method: str, stage: str, why: str, seeds: Sequence[int]) -> str:
+    """Why a method has no figures: it broke, or these data do not have what it reads, which is no failure."""
+    if why.startswith(LACKS):
+        return f"{label(method)} cannot be measured here: {why}"
+    return f"{label(method)} failed ({stage}, seeds {', '.join(map(str, seeds))}): {why}"
 
 
 def _row(line: Line, n_seeds: int, lacks: str | None) -> tuple[str, ...]:
