@@ -1,5 +1,7 @@
 """The crowd's ridge: a path that is cut short chooses what the whole path would."""
 
+import math
+
 import pytest
 import torch
 
@@ -53,3 +55,23 @@ def test_a_path_cut_short_chooses_the_ridge_of_the_whole_path(apart: float) -> N
         assert best[crowd.RIDGES.index(found.ridge)] <= best.min() + 1e-3  # nats: rough solves may take the neighbour
         cut += int(torch.isnan(found.losses).all(1).any())
     assert cut  # and some paths were cut, or nothing is shown
+
+
+def test_what_a_crowd_is_worth_is_its_held_out_users_gain_over_a_coin() -> None:
+    for apart, seed in ((0.0, 0), (1.0, 1)):
+        data = world(seed, apart=apart)
+        design = crowd.Rescaled(data.differences(), crowd.standard_scale(data)[1])
+        fold = crowd.user_folds(N_USERS, seed)
+        found = crowd.fit_crowd(data, design, fold)
+        gains = math.log(2) - whole_path(data, design, fold)[crowd.RIDGES.index(found.ridge)]
+        assert not torch.isnan(gains).any()  # five folds: everybody is held out of one
+        mean, error = found.gain
+        assert mean == pytest.approx(float(gains.mean()), abs=2e-3)  # nats: the solves of the path are rough
+        assert error == pytest.approx(float(gains.std()) / N_USERS**0.5, rel=0.05)
+        assert mean > error
+    nobody = crowd.fit_crowd(data, design, torch.full((N_USERS,), -1))
+    assert all(math.isnan(number) for number in nobody.gain)
+    none = found.nothing()
+    assert not none.directions.any()
+    assert not none.stronger.any()
+    assert none.ridge == found.ridge

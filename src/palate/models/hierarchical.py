@@ -2,13 +2,15 @@
 
 r_i(e) = crowd(e) + w_i . V^T e with w_i ~ prior. Bradley-Terry is the prior without spread, LoRe a flat prior on a simplex, MRM a
 shared start without a prior; this one has a prior with a covariance, learned, and therefore uncertainty, and a floor: with no
-choices, or where people do not differ, it is the crowd's reward.
+choices, or where people do not differ, it is the crowd's reward. Where held-out users show that nobody speaks for anybody else,
+there is no crowd: everyone is known by their own choices and by how people differ.
 
-The order of estimation: the crowd's direction and its ridge, whether the crowd's reward bends, the directions in which users'
-choices depart from it, the spread along them (EM), how much of all this to believe, types of people, and whether users are
-blends of types. Every choice is made on held-out seen users and is written into the record with its curve.
+The order of estimation: the crowd's direction and its ridge, whether there is a crowd at all, whether its reward bends, the
+directions in which users' choices depart from it, the spread along them (EM), how much of all this to believe, types of people,
+and whether users are blends of types. Every choice is made on held-out seen users and is written into the record with its curve.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -168,8 +170,7 @@ class _Estimation:
         self.progress(0.0, "the crowd's reward")
         straight = crowd.fit_crowd(self.data, self.linear, self.fold)
         self.record["ridge"] = {"grid": list(crowd.RIDGES), "log_loss": straight.curve, "chosen": straight.ridge}
-        offsets = self.linear.project(straight.directions)
-        personal, chosen = self._personal(straight, offsets, 0.1)
+        straight, personal, chosen = self._around(straight)
         numbers: dict[str, Tensor] = {"direction": self.scale * straight.direction}
         bend = self._bend(straight)
         if bend is not None:
@@ -184,6 +185,8 @@ class _Estimation:
                 numbers["direction"] = self.scale * bent.direction[: len(self.scale)]
                 numbers["frequencies"], numbers["phases"] = table.frequencies, table.phases
                 numbers["amplitudes"] = bent.direction[len(self.scale) :] * table.gain
+        if personal is not None and personal.folds:
+            self.record["population"] = {"curve": personal.curve(), "chosen": chosen._asdict()}
         numbers["bases"], sharpness, calibration = self.scale.new_zeros(len(self.scale), 0), 1.0, 1.0
         if personal is not None and chosen != CROWD:
             self.progress(0.95, "how people differ")
@@ -201,6 +204,32 @@ class _Estimation:
         self.progress(1.0, "done")
         return out
 
+    def _around(self, straight: crowd.CrowdFit) -> tuple[crowd.CrowdFit, Selection | None, Candidate]:
+        """The crowd that is worth having, and how people differ around it.
+
+        A crowd has to tell the choices of held-out users better than a coin. One that does not at all is left out: nobody's
+        taste is then taken for anybody else's. Where it does, but by less than one standard error, people are described around
+        it and around nothing, and held-out users say which.
+        """
+        gain, error = straight.gain
+        self.record["ridge"]["gain"] = {"mean": gain, "error": error}
+        offsets = self.linear.project(straight.directions)
+        personal, chosen = None, CROWD
+        doubtful = self.model.kappa is None and self.model.n_bases > 0 and gain <= error
+        if not doubtful or gain > 0:
+            personal, chosen = self._personal(straight, offsets, 0.1, 0.175 if doubtful else 0.35)
+        if not doubtful:
+            return straight, personal, chosen
+        nothing = straight.nothing()
+        alone, own = self._personal(nothing, torch.zeros_like(offsets), 0.275, 0.175)
+        if personal is not None and alone is not None:
+            personal.judge(chosen)
+            alone.judge(own)
+            self.record["ridge"]["errors"] = {"crowd": personal.mean(chosen), "nothing": alone.mean(own)}
+            if personal.mean(chosen) <= alone.mean(own):
+                return straight, personal, chosen
+        return nothing, alone, own
+
     def _selection(self, straight: crowd.CrowdFit, offsets: Tensor, *, bent: bool = False) -> Selection:
         model = self.model
         crowds = Crowds(offsets, straight.directions, straight.stronger - straight.directions, bent)
@@ -208,9 +237,9 @@ class _Estimation:
         return Selection(self.data, self.linear, self.fold, crowds, n_bases=n_bases, prior_variance=variance, seed=self.seed)
 
     def _personal(
-        self, straight: crowd.CrowdFit, offsets: Tensor, done: float, *, bent: bool = False
+        self, straight: crowd.CrowdFit, offsets: Tensor, done: float, span: float = 0.35, *, bent: bool = False
     ) -> tuple[Selection | None, Candidate]:
-        """How people differ from a crowd with these margins (P, folds + 1)."""
+        """How people differ from a crowd with these margins (P, folds + 1); progress is told from `done` over `span`."""
         model = self.model
         if model.n_bases == 0 or model.kappa == 0 or len(self.data.user_ids) < 2:
             return None, CROWD
@@ -220,11 +249,10 @@ class _Estimation:
         if model.kappa is None:
             blends = [] if model.blend is False else [number for number in BLENDS if number <= model.n_bases]
             chosen = selection.select(
-                KAPPAS, model.types, blends, lambda share: self.progress(done + 0.35 * share, "how people differ")
+                KAPPAS, model.types, blends, lambda share: self.progress(done + span * share, "how people differ")
             )
         else:  # nothing to compare, so nobody is held out
             chosen = Candidate(ROUNDS[-1], rank=model.n_bases, kappa=model.kappa)
-        self.record["population"] = {"curve": selection.curve(), "chosen": chosen._asdict()}
         return selection, chosen
 
     # -- whether the crowd's reward bends
@@ -249,6 +277,8 @@ class _Estimation:
             return None
         linear = crowd.Rescaled(trial.differences(), self.scale)
         base, _ = crowd.held_out_losses(trial, linear, fold, [straight.ridge])
+        if not bool(straight.directions.any()):  # a crowd that agrees on nothing is a coin
+            base = torch.full_like(base, math.log(2))
         tried: list[dict[str, Any]] = []
         best: tuple[float, crowd.Bend] | None = None
         for number, length in enumerate(LENGTHS):

@@ -137,7 +137,11 @@ class Selection:
         best is taken; and the whole has to beat the crowd by one, or a crowd that bends by two. Where no width of the prior
         beats the crowd by one there is nothing to describe, and where none beats it by two the bases are not refined. Users are
         blends of types only where the best kappa is above 1, by one error.
+
+        Around a crowd that agrees on nothing there is no floor: the other answer is to say nothing of anybody. A user is then
+        known by their own choices, under the prior from which EM starts, unless held-out users surely say otherwise.
         """
+        alone = not bool(self.crowds.offsets.any())
         self.crowd_alone()
         for f in range(self.folds):
             progress(0.3 * f / self.folds)
@@ -149,11 +153,11 @@ class Selection:
                     self.known[f, Candidate(number)] = view, prior
         width = self.known[0, Candidate(0)][0].bases.shape[1]
         cap = self.n_bases if self.n_bases < width else None
-        best = Candidate(ROUNDS[-1], rank=cap)
+        best = Candidate(ROUNDS[0 if alone and cap is None else -1], rank=cap)
         wide = [Candidate(number, rank=cap, kappa=kappa) for number in ROUNDS for kappa in WIDTHS]
         promising = self._try(wide, best, lambda share: progress(0.3 + 0.2 * share))
         loss, error = self.worse(CROWD, promising)
-        if loss <= error:
+        if loss <= error and not alone:
             return CROWD
         best = self._surely(promising, best)._replace(kappa=1.0)
         narrow = [best._replace(rank=rank) for rank in RANKS if rank < (cap or width)] if best.rounds else []
@@ -169,11 +173,11 @@ class Selection:
             best = self._surely(self._try([hopeful], best, lambda share: progress(0.65 + 0.05 * share)), best)
         scaled = [best._replace(kappa=kappa) for kappa in kappas]
         lowest = self._surely(self._try(scaled, best, lambda share: progress(0.7 + 0.1 * share)), best)
-        if lowest.kappa <= 1:  # a spread that is surely wider than EM found needs no caution towards the crowd
+        if lowest.kappa <= 1 and not alone:  # a spread that is surely wider than EM found needs no caution towards the crowd
             lowest = next(key for key in scaled if key.kappa >= lowest.kappa or self._near(key, lowest))
         best = lowest
         # A crowd that bends was kept because no personal part did better than it: one around it has more to show.
-        if self._surely(best, CROWD, errors=2 if self.crowds.bent else 1) == CROWD:
+        if not alone and self._surely(best, CROWD, errors=2 if self.crowds.bent else 1) == CROWD:
             return CROWD
         mixed = [best._replace(types=number) for number in types]
         mixture = self._surely(self._try(mixed, best, lambda share: progress(0.8 + 0.1 * share)), best, errors=1)
@@ -316,6 +320,7 @@ class Selection:
         kept = max(0, min(wide - 2, int((size > 1e-6 * size[0].clamp(min=1e-30)).sum())))
         right = pulls.T @ (left[:, :kept] / size[:kept].sqrt()).to(pulls)
         own = torch.stack([self.crowds.directions[:, fold], self.crowds.shifts[:, fold]], dim=1)
+        own = own[:, own.any(0)]  # none of a crowd that agrees on nothing
         orthonormal: Tensor = torch.linalg.qr(torch.cat([own, right], dim=1))[0]
         return orthonormal
 
