@@ -8,6 +8,7 @@ from palate import BradleyTerry, Hierarchical, IndividualBT, evaluate, fit
 from palate.data.embeddings import Dense
 from palate.data.pairs import EmbeddedPairs
 from palate.models.base import RewardModel
+from palate.terminal import what_was_found
 
 WIDTH, N_USERS, N_TEST = 16, 60, 60
 
@@ -50,7 +51,7 @@ def test_where_nobody_agrees_nobody_is_judged_by_the_crowd(shots: int) -> None:
         assert gain["mean"] <= gain["error"] or model.direction.any()
         if gain["mean"] <= 0:
             assert not model.direction.any()
-            assert model.n_weights
+            assert "no reward in common" in what_was_found(model)
         gained.append(accuracy(model, seed, shots) - accuracy(fit(data, BradleyTerry()), seed, shots))
         behind.append(accuracy(fit(data, IndividualBT()), seed, shots) - accuracy(model, seed, shots))
     assert left_out >= 2
@@ -79,6 +80,7 @@ def test_a_crowd_that_agrees_stays() -> None:
     told = model.record["selection"]["ridge"]["gain"]
     assert told["mean"] > 5 * told["error"] > 0
     assert model.direction.any()
+    assert "in common" not in what_was_found(model)
 
 
 @pytest.mark.parametrize("options", [{"n_bases": 0}, {"kappa": 0.0}, {"kappa": 1.0}])

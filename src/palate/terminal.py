@@ -134,7 +134,10 @@ def what_was_found(model: "RewardModel") -> str:
     if not model.n_weights:
         alone = type(model).__name__ in ("BradleyTerry", "Reference")
         return "one reward for everybody" + ("" if alone else ": no sure gain by personal ones")
-    return f"{model.n_weights} personal weights a user"
+    found = f"{model.n_weights} personal weights a user"
+    if type(model).__name__ == "Hierarchical" and not bool(model.state_dict()["direction"].any()):
+        found += "; no reward in common was found"
+    return found
 
 
 def say(message: str) -> None:
