@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from palate import BradleyTerry, Hierarchical, IndividualBT, evaluate, fit
+from palate import BradleyTerry, Hierarchical, IndividualBT, adapt, evaluate, fit
+from palate.carrying import carry
 from palate.data.embeddings import Dense
 from palate.data.pairs import EmbeddedPairs
 from palate.models.base import RewardModel
@@ -99,3 +100,39 @@ def test_an_agreement_that_no_straight_reward_shows_is_found_where_it_bends() ->
     assert model.record["selection"]["bend"]["chosen"]
     support, test = (choices(rewards, n, 1 + n, name="v", even=True) for n in (2, 40))
     assert np.mean(evaluate(model, support, test).columns["accuracy"]) > 0.6
+
+
+def test_a_crowd_in_doubt_stays_where_nobody_can_be_asked() -> None:
+    wholly = torch.zeros(20, WIDTH)
+    wholly[:, :4] = 1.0
+    doubtful = 0
+    for seed in range(4):
+        model = fit(choices(wholly, 1, seed), Hierarchical(), seed=seed)  # one choice each: nothing to adapt from and be asked of
+        told = model.record["selection"]["ridge"]["gain"]
+        assert bool(model.direction.any()) == (told["mean"] > 0)
+        doubtful += 0 < told["mean"] <= told["error"]
+    assert doubtful
+
+
+def test_ties_of_many_features_agree_on_nothing_and_are_fitted() -> None:
+    generator = torch.Generator().manual_seed(0)
+    table, n = torch.randn(72, 160, generator=generator), 36
+    tie = torch.ones(n, dtype=torch.bool)
+    tie[0] = False
+    data = EmbeddedPairs(Dense(table), torch.arange(n), torch.arange(n, 2 * n), [f"u{i // 3:02d}" for i in range(n)], tie=tie)
+    model = fit(data, Hierarchical(bend=0), seed=0)
+    assert all(bool(torch.isfinite(value).all()) for value in model.state_dict().values())
+
+
+def test_a_profile_goes_on_when_a_crowd_is_found() -> None:
+    few = choices(tastes(0)[:, :8].repeat(1, 2), 4, 0)
+    old = fit(few, Hierarchical(bend=0), seed=0)
+    new = fit(choices(tastes(1, common=4.0), 12, 1), Hierarchical(bend=0, kappa=1.0), seed=0)
+    assert not old.direction.any()
+    assert new.direction.any()
+    profiles = adapt(old, few)
+    carried, anew = carry(profiles, old, new), adapt(new, few)
+    for user in ("u00", "u17", "u59"):
+        rewards = [new(few.embeddings, held[user].mean) for held in (carried, anew)]
+        apart = torch.stack([reward[few.chosen] - reward[few.rejected] for reward in rewards])
+        assert torch.corrcoef(apart)[0, 1] > 0.9

@@ -127,13 +127,14 @@ def _change(old: RewardModel, new: RewardModel) -> tuple[Tensor, Tensor]:
         start = torch.eye(after.bases.shape[1], k, dtype=torch.float64)
         return start, start.new_zeros(len(start))
     wanted = torch.cat([before.bases, (before.direction - after.direction)[:, None]], dim=1).double()
+    crowd = before.direction if bool(before.direction.any()) else after.direction  # the old model may have none (`Hierarchical`)
     # Rows by their length, because features come in any unit.
-    size = torch.cat([before.bases, after.bases, before.direction[:, None]], dim=1).double().norm(dim=1, keepdim=True)
+    size = torch.cat([before.bases, after.bases, crowd[:, None]], dim=1).double().norm(dim=1, keepdim=True)
     size = torch.where(size > 0, size, 1.0)
     inside = after.bases.double() / size
     found = torch.linalg.lstsq(inside, wanted / size, driver="gelsd").solution
     left = (inside @ found - wanted / size).norm(dim=0)
-    length = torch.cat([before.bases, before.direction[:, None]], dim=1).double().div(size).norm(dim=0)
+    length = torch.cat([before.bases, crowd[:, None]], dim=1).double().div(size).norm(dim=0)
     if bool((left > SPANS * length).any()):
         worst = int((left / length.clamp(min=1e-30)).argmax())
         what = "the crowd's direction" if worst == k else f"base {worst + 1}"

@@ -207,9 +207,9 @@ class _Estimation:
     def _around(self, straight: crowd.CrowdFit) -> tuple[crowd.CrowdFit, Selection | None, Candidate]:
         """The crowd that is worth having, and how people differ around it.
 
-        A crowd has to tell the choices of held-out users better than a coin. One that does not at all is left out: nobody's
-        taste is then taken for anybody else's. Where it does, but by less than one standard error, people are described around
-        it and around nothing, and held-out users say which.
+        A crowd has to tell the choices of held-out users better than a coin, by their log loss. One that does not at all is left
+        out: nobody's taste is then taken for anybody else's. Where it does, but by less than one standard error, people are
+        described around it and around nothing, and held-out users say which.
         """
         gain, error = straight.gain
         self.record["ridge"]["gain"] = {"mean": gain, "error": error}
@@ -225,8 +225,9 @@ class _Estimation:
         if personal is not None and alone is not None:
             personal.judge(chosen)
             alone.judge(own)
-            self.record["ridge"]["errors"] = {"crowd": personal.mean(chosen), "nothing": alone.mean(own)}
-            if personal.mean(chosen) <= alone.mean(own):
+            errors = {"crowd": personal.mean(chosen), "nothing": alone.mean(own)}
+            self.record["ridge"]["errors"] = errors
+            if not errors["nothing"] < errors["crowd"]:  # nor where nobody can be asked, who has one choice
                 return straight, personal, chosen
         return nothing, alone, own
 

@@ -94,7 +94,7 @@ def mixture(
     expect.step(prior, max_steps=20)
     modes = expect.weights()
     white = torch.linalg.solve_triangular(prior.factors[0], modes.T, upper=False).T
-    components = min(components, len(modes))
+    components = min(components, len(torch.unique(modes, dim=0)))  # of users who said the same k-means makes no more
     kmeans = KMeans(components, n_init=4, random_state=seed).fit(white.double().cpu().numpy())
     label = torch.as_tensor(np.asarray(kmeans.labels_), device=modes.device).long()
     share = torch.bincount(label, minlength=components).to(modes) / len(modes)
@@ -139,7 +139,7 @@ def blend(parts: Sequence[Batch], prior: Prior, types: int, *, seed: int = 0, si
     factor = torch.linalg.cholesky(moment)  # margins of reward r have mean square |factor^T r|^2
     rewards = torch.cat([modes.new_ones(len(modes), 1), modes], dim=1).double() @ factor
     rewards = rewards / rewards.norm(dim=1, keepdim=True).clamp(min=1e-12)
-    kmeans = KMeans(min(types, len(modes)), n_init=4, random_state=seed).fit(rewards.cpu().numpy())
+    kmeans = KMeans(min(types, len(torch.unique(rewards, dim=0))), n_init=4, random_state=seed).fit(rewards.cpu().numpy())
     centres = torch.as_tensor(kmeans.cluster_centers_, dtype=torch.float64, device=modes.device)
     centres = size * centres / centres.norm(dim=1, keepdim=True).clamp(min=1e-12)
     raw = torch.linalg.solve_triangular(factor, centres, upper=False, left=False)

@@ -137,9 +137,8 @@ class Selection:
         best is taken; and the whole has to beat the crowd by one, or a crowd that bends by two. Where no width of the prior
         beats the crowd by one there is nothing to describe, and where none beats it by two the bases are not refined. Users are
         blends of types only where the best kappa is above 1, by one error.
-
-        Around a crowd that agrees on nothing there is no floor: the other answer is to say nothing of anybody. A user is then
-        known by their own choices, under the prior from which EM starts, unless held-out users surely say otherwise.
+        Around a crowd that agrees on nothing there is no floor, as the other answer says nothing of anybody: a user is known by
+        their own choices, and where all directions are kept the prior from which EM starts is what has to be beaten.
         """
         alone = not bool(self.crowds.offsets.any())
         self.crowd_alone()
@@ -319,9 +318,10 @@ class Selection:
         size, left = size.flip(0), left.flip(1)
         kept = max(0, min(wide - 2, int((size > 1e-6 * size[0].clamp(min=1e-30)).sum())))
         right = pulls.T @ (left[:, :kept] / size[:kept].sqrt()).to(pulls)
-        own = torch.stack([self.crowds.directions[:, fold], self.crowds.shifts[:, fold]], dim=1)
-        own = own[:, own.any(0)]  # none of a crowd that agrees on nothing
-        orthonormal: Tensor = torch.linalg.qr(torch.cat([own, right], dim=1))[0]
+        axes = torch.cat([self.crowds.directions[:, fold, None], self.crowds.shifts[:, fold, None], right], dim=1)
+        axes = axes[:, axes.any(0)]  # none of a crowd that agrees on nothing, and nobody pulls where all choices are ties
+        some = axes if axes.shape[1] else torch.nn.functional.one_hot(live[:1], len(scale)).T.to(scale)
+        orthonormal: Tensor = torch.linalg.qr(some)[0]
         return orthonormal
 
     def _pulls(self, slope: Tensor, learn: Tensor, most: int = 2048) -> Tensor:
