@@ -698,6 +698,21 @@ def test_a_truncated_answer_is_no_verdict_and_is_asked_again_warmer(server: Judg
 
 
 @LOCAL
+def test_a_refusal_is_asked_again(server: JudgeServer) -> None:
+    def change(answer: dict[str, Any]) -> dict[str, Any]:
+        declined = {"choices": [{"message": {"content": None, "refusal": "I cannot."}, "finish_reason": "stop"}]}
+        return answer | (declined if len(server.seen) <= 2 else {})
+
+    server.change = change
+    verdict = InContext(chat(server, workers=1), tries=2).judge(None, "Hm?", "tea", "rain")
+    assert (verdict.p_first, [body["temperature"] for body in server.seen]) == (0.5, [0.0, 0.0, 0.25, 0.25])
+    server.change = lambda answer: answer | {"choices": [{"message": {"content": None, "refusal": "I cannot."}}]}
+    server.seen.clear()
+    verdict = InContext(chat(server), tries=3).judge(None, "Hm?", "tea", "rain")
+    assert (verdict.reason, verdict.judged, len(server.seen)) == ("refusal in the given order: declined: I cannot.", True, 6)
+
+
+@LOCAL
 def test_one_order_alone_is_no_verdict(server: JudgeServer) -> None:
     server.answer = lambda body: "Hm." if parts(body)["first response"] == "rain" else answered(body)
     verdict = InContext(chat(server), tries=1).judge(None, "Hm?", "tea", "rain")
@@ -852,7 +867,7 @@ def test_scores_that_cannot_be_read_are_none_and_the_others_count(server: JudgeS
         return f"Reason {body['seed']}.\nScore {mark}: {['4', '8', 'high', '7'][body['seed']]}"
 
     server.answer = answer
-    (found,) = Reasoning(chat(server), samples=4, temperature=1.0).assess(None, "Hm?", ["tea"])
+    (found,) = Reasoning(chat(server), samples=4, temperature=1.0, tries=1).assess(None, "Hm?", ["tea"])
     assert found.score == pytest.approx(19 / 3)
     assert (found.critique, found.critiques) == ("Reason 3.", ("Reason 0.", "Reason 1.", "Reason 3."))
     server.answer = lambda body: "Hm."
@@ -867,6 +882,34 @@ def test_scores_that_cannot_be_read_are_none_and_the_others_count(server: JudgeS
     with pytest.raises(ChatError, match="wrote no response") as caught:
         Reasoning(chat(server)).refine("Hm?", "tea", "Too short.")
     assert caught.value.kind == "empty"
+
+
+@LOCAL
+def test_an_assessment_that_cannot_be_read_is_asked_again_warmer(server: JudgeServer) -> None:
+    server.answer = lambda body: "Hm." if body["temperature"] < 0.5 else answered(body)
+    good, again = Reasoning(chat(server), tries=3, seed=7).assess(None, "Hm?", ["tea", "rain"])
+    assert (good.score, again.score) == (5, 5)
+    asked = sorted((body["temperature"], body["seed"]) for body in server.seen)
+    assert asked == [(0.0, 7)] * 2 + [(0.25, 8)] * 2 + [(0.5, 9)] * 2
+    (none,) = Reasoning(chat(server), tries=2).assess(None, "Hm?", ["tea"])
+    assert (none.score, none.reason) == (None, "unreadable: Hm.")
+
+
+def test_one_text_is_no_list_of_responses() -> None:
+    lonely = Reasoning(Chat("stub", base_url="http://127.0.0.1:9/v1"))  # where asking would fail in another way
+    for wrong, said in (("Bread.", r"'Bread\.'"), ([], r"\[\]")):
+        with pytest.raises(DataError, match=rf"responses is {said}; expected a list of at least one text"):
+            lonely.assess(None, "Lunch?", wrong)
+
+
+@LOCAL
+def test_what_a_model_thinks_to_itself_is_in_no_critique_and_no_thought(server: JudgeServer) -> None:
+    server.answer = lambda body: f"<think>\nThe user, hm.\n\nOr not?\n</think>\n\n{answered(body)}"
+    judge = Reasoning(chat(server))
+    (found,) = judge.assess(None, "Lunch?", ["Bread."])
+    assert (found.critique, found.critiques) == ("A critique.", ("A critique.",))
+    assert judge.judge(None, "Lunch?", "tea", "rain").thought == "The user counts words."
+    assert InContext(chat(server)).judge(None, "Lunch?", "tea", "rain").thought == ""
 
 
 def test_every_judge_is_a_judge_and_a_turned_verdict_turns_back() -> None:

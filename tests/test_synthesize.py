@@ -132,7 +132,7 @@ def test_the_persona_is_written_from_right_reasoning_only(server: JudgeServer) -
             return "likes: tea"
         pair = int(numbered(parts(body)["first response"]).split("n")[1])
         right = pair % 2 if pair < 7 else any(name.startswith("reasoning") for name in parts(body))
-        return said(body, truth(body) if right else flipped(truth(body)))
+        return f"<think>\nOr not?\n</think>\n\n{said(body, truth(body) if right else flipped(truth(body)))}"
 
     server.answer = half_wrong
     SynthesizeMe(Chat("stub", base_url=server.url)).study(people(1))
@@ -144,7 +144,7 @@ def test_the_persona_is_written_from_right_reasoning_only(server: JudgeServer) -
         number = name.rsplit(" ", 1)[1]
         about = numbered(shown[f"first response of choice {number}"])
         assert int(about.split("n")[1]) % 2 == 1
-        assert text == f"Thought about {about}."  # the reasoning stands beside the choice that it is about
+        assert text == f"Thought about {about}."  # the reasoning stands beside the choice that it is about, without a monologue
     answers = dict(re.findall(r"^In choice (\d+) the user chose: (\w+)\.$", persona["messages"][1]["content"], re.MULTILINE))
     for number, answer in answers.items():
         side = shown[f"{'first' if answer == 'First' else 'second'} response of choice {number}"]

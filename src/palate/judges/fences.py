@@ -62,8 +62,13 @@ class Fence:
         return re.fullmatch(rf"{kind}[\s*_`]{{1,4}}{self.mark}{soft}:{soft}{pattern}", last, re.IGNORECASE)
 
     def before(self, answer: str) -> str:
-        """The answer without its last line: the thought."""
-        return answer.strip().rpartition("\n")[0].strip()
+        """What the answer says before its last line: the thought, without a monologue between <think> and </think>."""
+        return spoken(answer).rpartition("\n")[0].strip()
+
+
+def spoken(answer: str) -> str:
+    """An answer without the thinking that some models put before it, <think> ... </think>; nothing where that never ends."""
+    return re.sub(r"^\s*<think>.*?(</think>|\Z)", "", answer, flags=re.DOTALL).strip()
 
 
 def plain(prompt: Prompt) -> str:

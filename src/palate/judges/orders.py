@@ -5,7 +5,7 @@ says First gives exactly one half. All requests of all questions go out together
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from palate.data.pairs import Message, PairSet, Prompt
@@ -16,6 +16,7 @@ from palate.judges.fences import Fence
 from palate.judges.memory import Memory
 
 TEMPERATURE_STEP = 0.25  # by which the n-th try of an unreadable answer is warmer, as asking the same again gives the same
+ASKED_AGAIN = ("unreadable", "truncated", "empty", "malformed", "refusal")  # the model's own failures: it may do better
 
 
 class Prompted(NamedTuple):
@@ -25,6 +26,14 @@ class Prompted(NamedTuple):
     fence: Fence
 
 
+class Heard(NamedTuple):
+    """What one request came to: a value only where the outcome is "answered", and what the model wrote, or why it did not."""
+
+    outcome: Outcome
+    value: float | None
+    text: str
+
+
 class ChatJudge(ABC):
     """A judge that asks a chat model; a subclass says how to `study`, what to ask, and how to read one answer.
 
@@ -32,7 +41,7 @@ class ChatJudge(ABC):
         chat: the model.
         samples: answers to each order of each question; their mean counts. More than one needs a temperature above 0.
         temperature: of the first try.
-        tries: how often an order is asked before an answer that cannot be read stays unread; each try is warmer.
+        tries: how often an order is asked before an answer that cannot be read, or a refusal, stays one; each try is warmer.
         max_tokens: room for one answer.
         seed: sent with the first sample; the others and later tries have the numbers after it.
 
@@ -79,15 +88,27 @@ class ChatJudge(ABC):
         return self.judge_all([Question(brief, prompt, first, second)])[0]
 
     def judge_all(self, questions: Sequence[Question]) -> list[Verdict]:
-        """The verdicts in the order of the questions: 2 `samples` requests each, and more only where an answer is unreadable.
+        """The verdicts in the order of the questions: 2 `samples` requests each, and more only where an answer says nothing.
 
         A request that fails costs its own question its verdict (`Answer.outcome` says why) and no other.
         """
         swapped = [question._replace(first=question.second, second=question.first) for question in questions]
         asked = self.prompted([*questions, *swapped])
-        answers: dict[tuple[int, int], Answer] = {}  # by (place in `asked`, sample)
         n = len(questions)  # a question's orders stand together, so that a budget ends between questions
-        open_ = [(place, sample) for i in range(n) for place in (i, i + n) for sample in range(self.samples)]
+        keys = [(place, sample) for i in range(n) for place in (i, i + n) for sample in range(self.samples)]
+        said = self._heard(asked, keys, self.read)
+        answers = {(place, sample): _answer(one, swapped=place >= n) for (place, sample), one in said.items()}
+        return [
+            self._verdict([answers[place, sample] for place in (i, i + n) for sample in range(self.samples)], asked[i].fence)
+            for i in range(n)
+        ]
+
+    def _heard(
+        self, asked: Sequence[Prompted], keys: Sequence[tuple[int, int]], read: Callable[[str, Fence], float | None]
+    ) -> dict[tuple[int, int], Heard]:
+        """What every (place in `asked`, sample) came to; what says nothing is asked again, warmer, `tries` times in all."""
+        out: dict[tuple[int, int], Heard] = {}
+        open_ = list(keys)
         for attempt in range(self.tries):
             warmth = self.temperature + TEMPERATURE_STEP * attempt
             requests = [
@@ -95,23 +116,11 @@ class ChatJudge(ABC):
                 for place, sample in open_
             ]
             for (place, sample), reply in zip(open_, self.chat.ask_all(requests), strict=True):
-                answers[place, sample] = self._answer(reply, asked[place].fence, place >= n)
-            open_ = [key for key in open_ if answers[key].outcome in ("unreadable", "truncated", "empty", "malformed")]
+                out[place, sample] = _read(reply, asked[place].fence, read)
+            open_ = [key for key in open_ if out[key].outcome in ASKED_AGAIN]
             if not open_:
                 break
-        return [
-            self._verdict([answers[place, sample] for place in (i, i + n) for sample in range(self.samples)], asked[i].fence)
-            for i in range(n)
-        ]
-
-    def _answer(self, reply: Reply | ChatError, fence: Fence, swapped: bool) -> Answer:
-        if isinstance(reply, ChatError):
-            return Answer(swapped, reply.kind, None, str(reply))
-        shown_first = None if reply.truncated else self.read(reply.text, fence)
-        outcome: Outcome = "truncated" if reply.truncated else "unreadable" if shown_first is None else "answered"
-        if shown_first is not None and swapped:
-            shown_first = 1 - shown_first
-        return Answer(swapped, outcome, shown_first, reply.text)
+        return out
 
     def _verdict(self, answers: Sequence[Answer], fence: Fence) -> Verdict:
         wrong = [answer for answer in answers if answer.p_first is None]
@@ -127,6 +136,18 @@ class ChatJudge(ABC):
             order = "swapped" if first.swapped else "given"
             return Verdict(None, f"{first.outcome} in the {order} order: {first.text[:200]}", thought, tuple(answers))
         return Verdict(sum(means) / 2, None, thought, tuple(answers))
+
+
+def _read(reply: Reply | ChatError, fence: Fence, read: Callable[[str, Fence], float | None]) -> Heard:
+    if isinstance(reply, ChatError):
+        return Heard(reply.kind, None, str(reply))
+    value = None if reply.truncated else read(reply.text, fence)
+    return Heard("truncated" if reply.truncated else "unreadable" if value is None else "answered", value, reply.text)
+
+
+def _answer(said: Heard, *, swapped: bool) -> Answer:
+    p_first = 1 - said.value if swapped and said.value is not None else said.value
+    return Answer(swapped, said.outcome, p_first, said.text)
 
 
 class RememberingJudge(ChatJudge):

@@ -21,7 +21,8 @@ from palate.data.pairs import PairSet
 from palate.errors import DataError
 from palate.judges.base import Brief, Demo, demos_of
 from palate.judges.client import Chat, Request
-from palate.judges.rounds import Work, answered, history, spoken, together, tried, whole_sentences
+from palate.judges.fences import spoken
+from palate.judges.rounds import Work, answered, history, together, tried, whole_sentences
 
 TASK = """You sum up what one particular user likes in responses, so that a reward model can tell which of two responses to \
 another prompt this user would choose. You are given past choices of the user: a prompt, the response that was chosen and the \

@@ -7,15 +7,14 @@ turns the second into another response. More samples make a finer score, for as 
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
-from palate.data.pairs import Message, Prompt
+from palate.data.pairs import Prompt
 from palate.errors import DataError
 from palate.judges.base import Brief, Question
-from palate.judges.client import Chat, ChatError, Reply, Request
-from palate.judges.fences import Fence
+from palate.judges.client import Chat, ChatError
+from palate.judges.fences import Fence, spoken
 from palate.judges.layout import Laid, laid_out
 from palate.judges.memory import Memory, Raw
-from palate.judges.orders import Prompted, RememberingJudge
-from palate.judges.rounds import spoken
+from palate.judges.orders import Heard, Prompted, RememberingJudge
 
 LOWEST, HIGHEST = 1, 10
 SUREST = 0.99  # what a stated certainty of 100 % counts as: no model is that sure with reason, and the log of 0 is infinite
@@ -113,17 +112,17 @@ class Reasoning(RememberingJudge):
         return 0.5 + (scores[0] - scores[1]) / (2 * (HIGHEST - LOWEST))
 
     def assess(self, brief: Brief | None, prompt: Prompt, responses: Sequence[str]) -> list[Assessment]:
-        """The score of each response by itself and the critique behind it; `samples` requests each, all at once."""
+        """The score of each response by itself and the critique behind it.
+
+        Raises `DataError` for no responses, or one text in place of a list, whose every letter would be paid for.
+        Cost: `samples` requests each, all at once, and more only where an answer says nothing.
+        """
+        if isinstance(responses, str) or not len(responses):
+            raise DataError(f"responses is {responses!r:.60}; expected a list of at least one text")
         shown = self.memory.shown([Question(brief, prompt, "", "")])[0]
-        laid = [laid_out(shown, prompt, {"response": response}) for response in responses]
-        asked = [self._score_asked(one) for one in laid]
-        requests = [
-            Request(messages, self.temperature, self.seed + sample, self.max_tokens)
-            for messages in asked
-            for sample in range(self.samples)
-        ]
-        replies = self.chat.ask_all(requests)
-        return [self._assessed(replies[i * self.samples : (i + 1) * self.samples], one.fence) for i, one in enumerate(laid)]
+        asked = [_score_asked(laid_out(shown, prompt, {"response": response})) for response in responses]
+        said = self._heard(asked, [(i, sample) for i in range(len(asked)) for sample in range(self.samples)], _score)
+        return [_assessed([said[i, sample] for sample in range(self.samples)], one.fence) for i, one in enumerate(asked)]
 
     def refine(self, prompt: Prompt, response: str, critique: str, *, brief: Brief | None = None) -> str:
         """A better response, written by the same model. One request.
@@ -140,25 +139,21 @@ class Reasoning(RememberingJudge):
             raise ChatError("the model thought and wrote no response; raise max_tokens", "empty")
         return better
 
-    def _score_asked(self, laid: Laid) -> tuple[Message, ...]:
-        end = SCORE.format(line=laid.fence.last_line("Score", "5"))
-        return laid.asked(f"{TASK.format(what='the response')}\n\n{end}")
 
-    def _assessed(self, replies: Sequence[Reply | ChatError], fence: Fence) -> Assessment:
-        found: list[tuple[float, str]] = []
-        wrong = ""
-        for reply in replies:
-            if isinstance(reply, ChatError):
-                wrong = wrong or f"{reply.kind}: {reply}"
-                continue
-            line = None if reply.truncated else fence.read(reply.text, "Score", rf"{NUMBER}(?:/10)?")
-            if line is None or not LOWEST <= float(line[1]) <= HIGHEST:
-                kind = "truncated" if reply.truncated else "unreadable"
-                wrong = wrong or f"{kind}: {reply.text[:200]}"
-                continue
-            found.append((float(line[1]), fence.before(reply.text)))
-        if not found:
-            return Assessment(None, reason=wrong)
-        score = sum(value for value, _ in found) / len(found)
-        nearest = min(found, key=lambda one: abs(one[0] - score))
-        return Assessment(score, nearest[1], tuple(text for _, text in found))
+def _score_asked(laid: Laid) -> Prompted:
+    end = SCORE.format(line=laid.fence.last_line("Score", "5"))
+    return Prompted(laid.asked(f"{TASK.format(what='the response')}\n\n{end}"), laid.fence)
+
+
+def _score(answer: str, fence: Fence) -> float | None:
+    line = fence.read(answer, "Score", rf"{NUMBER}(?:/10)?")
+    return None if line is None or not LOWEST <= float(line[1]) <= HIGHEST else float(line[1])
+
+
+def _assessed(said: Sequence[Heard], fence: Fence) -> Assessment:
+    found = [(one.value, fence.before(one.text)) for one in said if one.value is not None]
+    if not found:
+        return Assessment(None, reason=f"{said[0].outcome}: {said[0].text[:200]}")
+    score = sum(value for value, _ in found) / len(found)
+    nearest = min(found, key=lambda one: abs(one[0] - score))
+    return Assessment(score, nearest[1], tuple(text for _, text in found))

@@ -4,7 +4,6 @@ The work on one user is a generator that yields the requests of a round and is s
 as one batch, so that slow servers are kept busy; what a user's requests are depends on that user's own replies alone.
 """
 
-import re
 from collections.abc import Generator, Mapping, Sequence
 from typing import TypeVar
 
@@ -78,11 +77,6 @@ def history(instructions: str, demos: Sequence[Demo], *, sides: bool) -> tuple[M
             parts += [fence.around(f"reasoning about choice {number}", demo.thought)] if demo.thought else []
             parts.append(f"In choice {number} the user chose: {demo.answer}.")
     return Message("system", f"{instructions}\n\n{fence.rule()}"), Message("user", "\n\n".join(parts))
-
-
-def spoken(answer: str) -> str:
-    """An answer without the thinking that some models put before it, <think> ... </think>; nothing where that never ends."""
-    return re.sub(r"^\s*<think>.*?(</think>|\Z)", "", answer, flags=re.DOTALL).strip()
 
 
 def whole_sentences(text: str, words: int | None = None) -> str:

@@ -19,11 +19,11 @@ from palate.errors import DataError
 from palate.judges.base import Brief, Demo, Question, demos_of
 from palate.judges.bootstrap import Said, Search
 from palate.judges.client import Chat, Request
-from palate.judges.fences import Fence
+from palate.judges.fences import Fence, spoken
 from palate.judges.layout import laid_out
 from palate.judges.memory import Shown
 from palate.judges.orders import ChatJudge, Prompted, side_in, side_lines
-from palate.judges.rounds import Work, answered, history, spoken, together, tried, whole_sentences
+from palate.judges.rounds import Work, answered, history, together, tried, whole_sentences
 
 TASK = """You are shown a prompt and two responses, and you tell which of them one particular user would choose. Past choices of \
 the user, with reasoning about some of them, and a description of the user may be given; if they are not, guess.
