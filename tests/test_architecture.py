@@ -36,7 +36,7 @@ LAYERS = [
     {"report", "alignment", "audit", "runs", "bench"},
     {"server"},
     {"studio", "cli", "doctor", "terminal", "training_cli", "cache_cli", "tuning_cli", "hub_cli", "data_cli", "bench_cli"}
-    | {"asking_cli", "bases_cli", "judge_cli", "keys_cli", "serve_cli", "split_cli", "store_cli", "__main__"},
+    | {"asking_cli", "bases_cli", "judge_cli", "keys_cli", "plus_cli", "serve_cli", "split_cli", "store_cli", "__main__"},
 ]
 # Everything an extra of pyproject.toml brings, by the name it is imported under.
 OPTIONAL = (

@@ -23,6 +23,7 @@ from palate import cli, judge_cli, terminal
 from palate.data.embeddings import Dense, Embeddings
 from palate.data.pairs import Choice, Message, PairSet, Text
 from palate.data.splits import SIDES, split
+from palate.encoders import load_encoder
 from palate.encoders.asking import Limits
 from palate.encoders.base import Encoder
 from palate.errors import DataError
@@ -210,10 +211,28 @@ def test_similar_is_by_the_cosine_of_prompts_with_the_nearest_last() -> None:
     assert shown(memory, brief, "zzzzb") == ["yes 1", "yes 3"]
     assert len(letters.asked) == 2 * 5  # every distinct prompt once a call
     assert shown(memory, history("same", "same", "same"), "same") == ["yes 1", "yes 2"]  # of equals the later
+    assert shown(memory, history("tea", "eat", "ate"), "tae") == ["yes 1", "yes 2"]  # alike as it happens
     with pytest.raises(DataError, match="has no encoder"):
         Raw(2, by="similar")
     with pytest.raises(DataError, match="k is -1"):
         Raw(-1)
+
+
+class Lengths(Letters):
+    """How long the response is, and nothing of the prompt."""
+
+    spec = "lengths"
+
+    def encode(self, texts: Sequence[Text]) -> Embeddings:
+        return Dense(torch.tensor([[1.0 + len(text.response)] for text in texts]))
+
+
+@pytest.mark.parametrize("make", [lambda: load_encoder("style"), lambda: load_encoder("items+style"), Lengths])
+def test_similar_is_not_recent_under_another_name(make: Callable[[], Encoder]) -> None:
+    encoder = make()
+    words = rf"the encoder '{re.escape(encoder.spec)}' reads responses alone: .*; expected one that reads prompts"
+    with pytest.raises(DataError, match=words):
+        shown(Raw(2, by="similar", encoder=encoder), history("aaa", "bbb b", "ab c d", "zzz"), "aaab")
 
 
 def test_demonstrations_are_the_choices_in_an_order_that_nothing_else_decides() -> None:
@@ -1099,7 +1118,11 @@ def test_the_command_says_how_much_may_be_asked(
             "--encoder style: it is for --memory similar:N",
         ),
         (["--method", "synthesize-me", "--encoder", "style"], "--encoder style: it is for"),
-        (["--memory", "similar:2", "--encoder", "items"], "by='similar' has the encoder 'items'"),
+        (["--memory", "similar:2", "--encoder", "items"], "the encoder 'items' reads responses alone"),
+        (
+            ["--memory", "similar:2", "--encoder", "style"],
+            "the encoder 'style' reads responses alone: to it all prompts are alike",
+        ),
         (["--method", "plus", "--encoder", "items"], "PLUS has the encoder 'items'"),
         (["--samples", "3"], "3 samples at temperature 0"),
         (["--base-url", "me:secret@host"], "url"),

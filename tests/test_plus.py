@@ -387,7 +387,7 @@ def test_an_encoder_that_knows_items_only_is_refused() -> None:
     with pytest.raises(DataError, match=r"PLUS has the encoder 'items'.* expected one that reads texts: 'minilm', 'style'"):
         PlusReward.fit(seen, load_encoder("items"), briefs)
     assert not load_encoder("items").encode([Text("Tea?", ""), Text("Tea?", "")]).rows(torch.arange(2)).any()  # no cosine at all
-    with pytest.raises(DataError, match="by='similar' has the encoder 'items'"):
+    with pytest.raises(DataError, match="the encoder 'items' reads responses alone"):
         Raw(2, by="similar", encoder=load_encoder("items"))
     both = PlusReward.fit(seen, load_encoder("items+style"), briefs, interactions=0)  # the other part reads
     assert (both.margins(test, briefs) != 0).any()

@@ -15,18 +15,16 @@ import typer
 
 from palate import cache_cli, split_cli, terminal
 from palate.errors import DataError
+from palate.plus_cli import Unfitted
 
 if TYPE_CHECKING:
     from palate.data.pairs import PairSet
     from palate.data.splits import By, Split
-    from palate.encoders import Encoder
     from palate.judges.base import Brief, Judge
     from palate.judges.client import Chat
     from palate.judges.judging import Judged
     from palate.judges.ledger import Prices
     from palate.judges.memory import Memory
-    from palate.judges.plus import Summaries
-    from palate.judges.reward import PlusReward
 
 METHODS = ("in-context", "reasoning", "synthesize-me", "plus")
 REMEMBERS = ("in-context", "reasoning")
@@ -124,7 +122,11 @@ def judge(
     ] = None,
     encoder: Annotated[
         str | None,
-        typer.Option("--encoder", metavar="SPEC", help=f"For similar:N and plus, but not items.  [default: {USUAL_ENCODER}]"),
+        typer.Option(
+            "--encoder",
+            metavar="SPEC",
+            help=f"For similar:N one that reads prompts; for plus any but items.  [default: {USUAL_ENCODER}]",
+        ),
     ] = None,
     briefs: Annotated[
         Path | None,
@@ -251,33 +253,6 @@ def _fields(text: str | None) -> dict[str, Any] | None:
     return found
 
 
-class Unfitted(NamedTuple):
-    """PLUS before anything is asked: what sums up the seen users, and whose choices the reward is then fitted on."""
-
-    asked: Asked
-    writer: "Summaries"
-    encoder: "Encoder"
-    told: "PairSet"
-    held: "PairSet"
-
-    def fitted(self) -> "PlusReward":
-        """The reward, whose writer sums up the unseen users. One request for each seen user."""
-        from palate.judges.plus import Summaries
-        from palate.judges.reward import INTERACTIONS, PlusReward
-
-        asked, writer, told, n = self.asked, self.writer, self.told, self.asked.summaries
-        with terminal.progress("Summing up the seen users"):
-            summaries = writer.study(told)
-        if writer.failed:
-            user, why = next(iter(writer.failed.items()))
-            terminal.note(f"{len(writer.failed)} of {len(told.user_ids)} seen users have no summary, such as {user!r}: {why}")
-        with terminal.progress("Fitting the reward"):
-            k = INTERACTIONS if asked.interactions is None else asked.interactions
-            reward = PlusReward.fit(self.held, self.encoder, summaries, interactions=k, seed=asked.seed)
-        reward.writer = writer if n == 1 else Summaries(writer.chat, n_summaries=n, reward=reward, seed=asked.seed)
-        return reward
-
-
 def _least(asked: Asked, ready: "Judge | Unfitted", support: "PairSet", test: "PairSet", *, studied: bool) -> tuple[int, int]:
     """(questions, requests) where every answer can be read at once, and a search of demonstrations ends with its first set."""
     from palate.judges.base import demos_of
@@ -344,21 +319,8 @@ def _synthesizing(asked: Asked, chat: "Chat") -> "Judge":
 
 
 def _unfitted(asked: Asked, chat: "Chat", train: "PairSet", by: "By | None") -> Unfitted:
-    from palate.judges.memory import reads_new_texts
-    from palate.judges.plus import Summaries
-
     encoder = cache_cli.encoder(asked.encoder or USUAL_ENCODER)
-    reads_new_texts(encoder, "PLUS")  # before the summaries are paid for
-    return Unfitted(asked, Summaries(chat, seed=asked.seed), encoder, *_halves(train, by, asked.seed))
-
-
-def _halves(train: "PairSet", by: "By | None", seed: int) -> "tuple[PairSet, PairSet]":
-    """Of the seen users' choices, those that are summed up and those that the reward is fitted on: no summary saw its answer."""
-    from palate.data.splits import split
-    from palate.encoders.base import usual_unit
-
-    parts = split(train, by=usual_unit(train) if by is None else by, unseen=0.0, seed=seed)
-    return train[parts.train], train[parts.test_seen]
+    return Unfitted.of(chat, encoder, train, by, asked.summaries, asked.interactions, asked.seed)
 
 
 def _save_briefs(briefs: "dict[str, Brief]", path: Path) -> None:

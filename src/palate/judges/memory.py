@@ -13,9 +13,12 @@ from numpy.typing import NDArray
 
 from palate.data.pairs import PairSet, Prompt, Text
 from palate.encoders.base import Encoder
-from palate.encoders.offline import Items
+from palate.encoders.offline import Items, Style
 from palate.errors import DataError
 from palate.judges.base import Brief, Demo, Question, demos_of
+
+SAME = 1e-6  # prompts whose directions differ by less in every feature are one and the same to their encoder
+UNLIKE = ("How long does bread bake?", "Wer schrieb den Faust, und in welchem Jahr?")  # the same only to whom all prompts are
 
 
 class Shown(NamedTuple):
@@ -51,10 +54,11 @@ class Raw:
         by: "recent" (by timestamp where all of a user's choices have one, else by the order of the rows), or "similar": the
             largest cosine of the prompts' embeddings, the most similar one last, nearest to the question. Of equals, which one
             prompt for all choices makes of everything, the later counts.
-        encoder: for "similar".
+        encoder: for "similar"; one that reads prompts.
 
     Raises:
-        DataError: k below 0, an unknown order, or "similar" without an encoder or with `items`.
+        DataError: k below 0, an unknown order, or "similar" without an encoder or with one that reads responses alone: `items`
+            and `style` at once, others in `shown`.
     """
 
     def __init__(self, k: int, *, by: Literal["recent", "similar"] = "recent", encoder: Encoder | None = None):
@@ -62,8 +66,8 @@ class Raw:
             raise DataError(f"k is {k} and by is {by!r}; expected k of 0 or more, and 'recent' or 'similar'")
         if by == "similar" and encoder is None:
             raise DataError("by='similar' compares prompts and has no encoder; give one, such as load_encoder('minilm')")
-        if by == "similar" and encoder is not None:
-            reads_new_texts(encoder, "by='similar'")
+        if by == "similar" and isinstance(encoder, Items | Style):
+            raise _alike(encoder)
         self.k, self.by, self.encoder = k, by, encoder
 
     def __repr__(self) -> str:
@@ -115,21 +119,29 @@ class Abstract:
         return [Shown("" if question.brief is None else question.brief.text, ()) for question in questions]
 
 
-def reads_new_texts(encoder: Encoder, what: str) -> None:
-    """Refuse `items`: to it a prompt by itself and a response under a new summary are unknown, and every such row is zero.
-
-    Raises `DataError`; `what` is whose encoder it is.
-    """
-    if isinstance(encoder, Items):
-        raise DataError(
-            f"{what} has the encoder 'items', to which every prompt alone and every response under a new summary is unknown; "
-            "expected one that reads texts: 'minilm', 'style', an 'hf:' or 'st:' model, or some of these joined"
-        )
+def _alike(encoder: Encoder) -> DataError:
+    return DataError(
+        f"by='similar' compares prompts, and the encoder {encoder.spec!r} reads responses alone: to it all prompts are alike; "
+        "expected one that reads prompts, such as 'minilm', an 'hf:' or an 'st:' model"
+    )
 
 
 def _unit_rows(prompts: Sequence[Prompt], encoder: Encoder) -> dict[Prompt, NDArray[np.float64]]:
     if not prompts:
         return {}
+    rows = _directions(prompts, encoder)
+    if len(prompts) > 1 and _same(rows) and _same(_directions(UNLIKE, encoder)):
+        raise _alike(encoder)  # else the most recent choices would be shown as the most similar
+    return dict(zip(prompts, rows, strict=True))
+
+
+def _directions(prompts: Sequence[Prompt], encoder: Encoder) -> NDArray[np.float64]:
+    """(N, D) rows of length 1, or 0 where the encoder knows nothing of a prompt."""
     values = encoder.encode([Text(prompt, "") for prompt in prompts]).rows(torch.arange(len(prompts))).double().cpu().numpy()
     norms = np.linalg.norm(values, axis=1, keepdims=True)
-    return dict(zip(prompts, values / np.where(norms > 0, norms, 1), strict=True))
+    rows: NDArray[np.float64] = values / np.where(norms > 0, norms, 1)
+    return rows
+
+
+def _same(rows: NDArray[np.float64]) -> bool:
+    return bool(np.ptp(rows, axis=0).max() < SAME)

@@ -24,9 +24,10 @@ from palate.adaptation import margins
 from palate.data.embeddings import Dense, Embeddings
 from palate.data.pairs import Choice, EmbeddedPairs, Message, PairSet, Prompt, Text
 from palate.encoders.base import Encoder
+from palate.encoders.offline import Items
 from palate.errors import DataError, MismatchError, ModelFileError
 from palate.judges.base import Brief, Question, Verdict
-from palate.judges.memory import Writer, reads_new_texts
+from palate.judges.memory import Writer
 from palate.models import files
 from palate.models.base import RewardModel, load_model
 from palate.models.factored import BradleyTerry
@@ -101,7 +102,7 @@ class PlusReward:
             DataError: the encoder `items`, no summary at all, k below 0, or what `palate.fit` refuses.
         Cost: one encoding for each distinct (summary, text), then Bradley-Terry on (1 + k) D features for every candidate k.
         """
-        reads_new_texts(encoder, "PLUS")
+        reads_new_texts(encoder)
         candidates = sorted({interactions} if isinstance(interactions, int) else set(interactions))
         if not candidates or candidates[0] < 0:
             raise DataError(f"interactions is {interactions}; expected numbers of 0 or more")
@@ -202,6 +203,15 @@ class PlusReward:
         if not isinstance(model, BradleyTerry):
             raise ModelFileError(f"{folder} holds a {type(model).__name__}; expected the BradleyTerry head of a PlusReward")
         return cls(encoder, model, mean, directions)
+
+
+def reads_new_texts(encoder: Encoder) -> None:
+    """Refuse `items`: to it every response under a new summary, and every summary, is unknown. Raises `DataError`."""
+    if isinstance(encoder, Items):
+        raise DataError(
+            "PLUS has the encoder 'items', to which every response under a new summary is unknown; expected one that reads "
+            "texts: 'minilm', 'style', an 'hf:' or 'st:' model, or some of these joined"
+        )
 
 
 def with_summary(prompt: Prompt, summary: str) -> Prompt:
