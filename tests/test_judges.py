@@ -37,6 +37,7 @@ from palate.judges.layout import laid_out
 from palate.judges.ledger import Ledger, Prices, Usage
 from palate.judges.memory import Abstract, Raw, Shown
 from palate.judges.reasoning import Reasoning
+from palate.judges.reward import PlusReward
 from palate.report import write_report
 
 pytest.importorskip("openai")
@@ -1039,7 +1040,14 @@ def test_the_command_shows_what_the_briefs_hold_and_leaves_them_alone(
 
 
 @LOCAL
-def test_the_command_runs_plus(server: JudgeServer, judge_command: Callable[..., tuple[int, str, str]], tmp_path: Path) -> None:
+def test_the_command_runs_plus(
+    server: JudgeServer,
+    judge_command: Callable[..., tuple[int, str, str]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    fit, fitted_on = PlusReward.fit, list[set[str]]()
+    monkeypatch.setattr(PlusReward, "fit", lambda pairs, *a, **k: fitted_on.append(set(pairs.user_ids)) or fit(pairs, *a, **k))
     rows = rows_of(planted(10, 16)[0], tmp_path / "rows.jsonl")
     command = (rows, "--base-url", server.url, "--model", "stub", "--out", tmp_path / "out")
     code, _, err = judge_command(*command, "--method", "plus", "--encoder", "style")
@@ -1047,12 +1055,25 @@ def test_the_command_runs_plus(server: JudgeServer, judge_command: Callable[...,
     assert len(server.seen) == 10  # one summary a user, seen or unseen, and no request for a verdict
     unseen = set(Evaluation.load(tmp_path / "out" / "results.jsonl").columns["user"])
     assert load_briefs(tmp_path / "out" / "briefs.jsonl").keys() == unseen
-    (lost, *_) = {f"u{u}" for u in range(10)} - unseen
+    seen = {f"u{u}" for u in range(10)} - unseen
+    lost = min(seen)
     asked = f"Question {lost[1:]}/"
     server.answer = lambda body: Status(400, {}, "no") if asked in str(body) else answered(body)
-    code, _, err = judge_command(*command[:-1], tmp_path / "other", "--method", "plus", "--encoder", "style")
-    assert (code, f"1 of 5 seen users have no summary, such as '{lost}': endpoint: " in err) == (0, True)
+    partly = (*command[:-1], tmp_path / "other", "--method", "plus", "--encoder", "style")
+    code, _, err = judge_command(*partly)
+    without = f"1 of 5 seen users have no summary, such as '{lost}': endpoint: "
+    assert (code, without in err) == (1, True)  # the same users are judged, by a reward that is not the whole one
+    found = Evaluation.load(tmp_path / "other" / "results.jsonl")
+    (failure,) = found.failures
+    assert (set(found.columns["user"]), failure[:4]) == (unseen, ("rows.jsonl", "plus", 0, "fit"))
+    assert without in failure.message
+    assert failure.message.endswith("; the reward was fitted without them")
+    assert fitted_on[-2:] == [seen, seen - {lost}]
+    server.answer = lambda body: Status(400, {}, "no") if any(f"Question {u[1:]}/" in str(body) for u in seen) else answered(body)
+    code, _, err = judge_command(*command[:-1], tmp_path / "none", "--method", "plus", "--encoder", "style")
+    assert (code, "5 of 5 seen users have no summary" in err, "nobody is left to fit the reward on" in err) == (2, True, True)
     server.answer = answered
+    assert (judge_command(*partly)[0], Evaluation.load(tmp_path / "other" / "results.jsonl").failures) == (0, ())
     server.seen.clear()
     several = ("--method", "plus", "--encoder", "style", "--summaries", 3, "--interactions", 0)
     code, _, err = judge_command(*command[:-1], tmp_path / "several", *several)
@@ -1061,6 +1082,21 @@ def test_the_command_runs_plus(server: JudgeServer, judge_command: Callable[...,
     briefs = tmp_path / "several" / "briefs.jsonl"
     code, _, err = judge_command(*command[:-1], tmp_path / "mine", *several, "--briefs", briefs)
     assert (code, "--summaries 3 and --briefs are given, which has the summaries already" in err) == (2, True)
+
+
+@pytest.mark.parametrize("method", ["in-context", "plus"])
+def test_one_user_alone_is_nobody_to_judge(
+    judge_command: Callable[..., tuple[int, str, str]], tmp_path: Path, method: str
+) -> None:
+    rows = rows_of(planted(1, 16)[0], tmp_path / "rows.jsonl")
+    command = ("--base-url", "http://127.0.0.1:9/v1", "--model", "stub", "--out", tmp_path / "out", "--method", method)
+    code, _, err = judge_command(rows, *command)
+    assert code == 2
+    assert "1 of 1 users has choices enough for both sides (split: prompt); at least 2 are needed, so that one is unseen" in err
+    lines = [json.loads(line) | {"split": "train"} for line in rows.read_text().splitlines()]
+    rows.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    code, _, err = judge_command(rows, *command)
+    assert (code, "no row has the split test_unseen" in err) == (2, True)
 
 
 @LOCAL

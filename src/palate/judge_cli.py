@@ -7,6 +7,7 @@ DIR/answers           every answer of the server, so that the same command goes 
 """
 
 import json
+from dataclasses import replace
 from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
@@ -159,10 +160,11 @@ def judge(
     """Let a language model say which response each unseen user would choose, and measure it.
 
     Every question is asked in both orders. Stopped, by a kill or a budget, the same command goes on with what is missing.
-    Exit code 1: some questions were not judged; the results are of the others.
+    Exit code 1: some questions were not judged, or plus was fitted without some seen users; the results are of the others.
     """
     from palate.encoders.asking import Limits
     from palate.evaluation.comparison import drawn, is_given
+    from palate.evaluation.facts import Failure
     from palate.judges.base import load_briefs
     from palate.judges.client import Chat
     from palate.judges.judging import judged
@@ -181,6 +183,8 @@ def judge(
     if unit is not None and kind != "plus" and is_given(pairs):
         raise DataError(f"--by {unit}: the rows have a split column, which says what is told from what; leave one out")
     parts = drawn(pairs, **sides._asdict(), seed=seed)
+    if not len(parts.test_unseen):
+        raise DataError(_nobody(pairs, parts))
     account = Ledger(max_calls=max_calls, max_tokens=max_tokens)
     limits: tuple[Literal["max_tokens", "max_completion_tokens"], ...] = ("max_tokens", "max_completion_tokens")
     chat = Chat(
@@ -200,7 +204,7 @@ def judge(
     terminal.note(f"{len(test)} choices of {len(test.user_ids)} unseen users (split: {parts.by}), judged by {model} ({method})")
     questions, requests = _least(asked, ready, support, test, studied=known is None)
     terminal.note(f"{questions} questions, at least {requests} requests where none is equal to another or answered already")
-    judge_ = ready.fitted() if isinstance(ready, Unfitted) else ready
+    judge_, without = ready.fitted() if isinstance(ready, Unfitted) else (ready, None)
     if known is not None and (strangers := set(test.user_ids) - set(known)):
         terminal.note(f"{briefs} has no brief of {len(strangers)} of them, such as {min(strangers)!r}: judged as strangers")
     with terminal.progress("Studying and judging"):
@@ -214,6 +218,10 @@ def judge(
             data_set=rows.resolve().name,
             ledger=account,
         )
+    if without is not None:
+        failure = Failure(rows.resolve().name, method, seed, "fit", without)
+        whole = replace(found.evaluation, failures=(*found.evaluation.failures, failure))
+        found = found._replace(evaluation=whole)
     kept = out / "briefs.jsonl"
     if briefs is None or briefs.resolve() != kept.resolve():  # what somebody edited is theirs, also of users not judged here
         _save_briefs(found.briefs, kept)
@@ -226,7 +234,16 @@ def judge(
         terminal.note(f"cost {account.cost(prices):.4f}")
     if found.not_judged:
         terminal.note(found.evaluation.failures[0].message)
+    if found.evaluation.failures:
         raise typer.Exit(1)
+
+
+def _nobody(pairs: "PairSet", parts: "Split") -> str:
+    if parts.by == "given":
+        return "no row has the split test_unseen; expected at least one choice to tell, or no column `split`"
+    n = len(pairs[parts.train].user_ids)
+    enough = f"{n} of {len(pairs.user_ids)} users has choices enough for both sides (split: {parts.by})"
+    return f"{enough}; at least 2 are needed, so that one is unseen: add users, or choices of those who have few"
 
 
 def _prices(text: str | None) -> "Prices | None":

@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING, NamedTuple, Self
 
 from palate import terminal
+from palate.errors import DataError
 
 if TYPE_CHECKING:
     from palate.data.pairs import PairSet
@@ -49,19 +50,30 @@ class Unfitted(NamedTuple):
         told, held = train[parts.train], train[parts.test_seen]
         return cls(Summaries(chat, seed=seed), encoder, told, held, n_summaries, interactions, seed)
 
-    def fitted(self) -> "PlusReward":
-        """The reward, whose writer sums up the unseen users. One request for each seen user."""
+    def fitted(self) -> "tuple[PlusReward, str | None]":
+        """The reward, whose writer sums up the unseen users, and which seen users it had to be fitted without, and why.
+
+        Raises `DataError` where that is all of them. Cost: one request for each seen user.
+        """
+        import numpy as np
+
         from palate.judges.plus import Summaries
         from palate.judges.reward import INTERACTIONS, PlusReward
 
-        writer, told, n = self.writer, self.told, self.n_summaries
+        writer, told, held, n = self.writer, self.told, self.held, self.n_summaries
+        without = None
         with terminal.progress("Summing up the seen users"):
             summaries = writer.study(told)
         if writer.failed:
             user, why = next(iter(writer.failed.items()))
-            terminal.note(f"{len(writer.failed)} of {len(told.user_ids)} seen users have no summary, such as {user!r}: {why}")
+            without = f"{len(writer.failed)} of {len(told.user_ids)} seen users have no summary, such as {user!r}: {why}"
+            held = held[~np.isin(held.users, list(writer.failed))]
+            if not len(held):
+                raise DataError(f"{without}; nobody is left to fit the reward on: see to the server or the budget and run again")
+            without = f"{without}; the reward was fitted without them"
+            terminal.note(without)
         with terminal.progress("Fitting the reward"):
             k = INTERACTIONS if self.interactions is None else self.interactions
-            reward = PlusReward.fit(self.held, self.encoder, summaries, interactions=k, seed=self.seed)
+            reward = PlusReward.fit(held, self.encoder, summaries, interactions=k, seed=self.seed)
         reward.writer = writer if n == 1 else Summaries(writer.chat, n_summaries=n, reward=reward, seed=self.seed)
-        return reward
+        return reward, without
