@@ -994,6 +994,28 @@ def test_the_command_judges_stops_at_its_budget_and_goes_on(
 
 
 @LOCAL
+@pytest.mark.parametrize("options", [("--memory", "summary"), ("--method", "synthesize-me", "--candidates", 0)])
+def test_a_budget_that_ends_while_studying_leaves_some_users_whole(
+    server: JudgeServer,
+    judge_command: Callable[..., tuple[int, str, str]],
+    tmp_path: Path,
+    options: tuple[str | int, ...],
+) -> None:
+    rows = rows_of(planted(10, 16)[0], tmp_path / "rows.jsonl")  # 4 choices to study and 4 to tell, of 5 unseen users
+    command = (rows, "--base-url", server.url, "--model", "stub", "--workers", 1, *options, "--out")
+    assert judge_command(*command, tmp_path / "all")[0] == 0
+    needed, everything = len(server.seen), Evaluation.load(tmp_path / "all" / "results.jsonl").columns
+    server.seen.clear()
+    code, _, err = judge_command(*command, tmp_path / "some", "--max-calls", needed * 2 // 5 + 1)
+    assert (code, "12 of 20 questions were not judged" in err) == (1, True)
+    some = Evaluation.load(tmp_path / "some" / "results.jsonl").columns
+    for name in ("user", "n_support", "n_test", "accuracy"):  # every user took as many requests
+        assert some[name].tolist() == everything[name].tolist()[:2]
+    assert judge_command(*command, tmp_path / "some")[0] == 0
+    assert len(server.seen) == needed
+
+
+@LOCAL
 def test_the_command_takes_summaries_from_an_editor(
     server: JudgeServer, judge_command: Callable[..., tuple[int, str, str]], tmp_path: Path
 ) -> None:

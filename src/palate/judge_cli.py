@@ -140,8 +140,15 @@ def judge(
     max_support: split_cli.MaxSupport = None,
     max_test: split_cli.MaxTest = None,
     min_support: split_cli.MinSupport = None,
-    max_calls: Annotated[int | None, typer.Option(help="Stop after so many requests, with what there is.", min=0)] = None,
-    max_tokens: Annotated[int | None, typer.Option(help="Stop at about so many tokens, with what there is.", min=0)] = None,
+    max_calls: Annotated[
+        int | None,
+        typer.Option(
+            help="Stop after so many requests. One user after the other is studied and judged, so that those before are whole; "
+            "but plus sums up all seen users first.",
+            min=0,
+        ),
+    ] = None,
+    max_tokens: Annotated[int | None, typer.Option(help="Stop at about so many tokens, likewise.", min=0)] = None,
     price: Annotated[
         str | None, typer.Option(metavar="IN,OUT", help="Money for a million tokens of prompts and of answers, to say the cost.")
     ] = None,

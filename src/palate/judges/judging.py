@@ -5,7 +5,7 @@ the server failed or the budget was spent, is nobody's: it is left out, and the 
 """
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -90,11 +90,12 @@ def judged(
         shots: study the first so many support choices of each user, drawn as `evaluate` draws them; 0 is no history, None all.
         seed: of that draw, and a label of the rows.
         cohort, method, data_set: labels of the rows; the method is by default the judge's class.
-        ledger: whose account goes into the record of the run.
+        ledger: whose account goes into the record of the run. Where it has a budget, one user after the other is studied and
+            judged, so that the budget ends with some users whole; else all are studied first, and then judged, at once.
 
     Raises:
         DataError: no strict test choice at all, none that was judged, or briefs together with shots.
-    Cost: what the judge's `study` costs, and one `judge_all` of all test choices.
+    Cost: what the judge's `study` costs, and one `judge_all` of all test choices, or one a user where there is a budget.
     """
     if briefs is not None and shots is not None:
         raise DataError(f"briefs and shots = {shots} were both given; briefs are used as they are, so leave shots out")
@@ -102,18 +103,15 @@ def judged(
         raise DataError(f"none of the {len(test)} test choices is strict (no tie); expected at least one to measure accuracy on")
     began = time.perf_counter()
     past = _past(support, test, shots, seed)
-    if briefs is None:
-        briefs = judge.study(past) if past is not None and len(past) else {}
-        cut_short = set() if past is None else set(past.user_ids) - set(briefs)
-    else:
-        cut_short = set()
-    known = {user: briefs[user] for user in test.user_ids if user in briefs}
-    asked = np.flatnonzero(~test.tie | np.full(len(test), judge.probabilistic))
-    verdicts: list[Verdict | None] = [_unstudied(judge, user) if user in cut_short else None for user in test.users]
-    asked = asked[[verdicts[row] is None for row in asked.tolist()]]
-    questions, turned = _questions(test, asked, known)
-    for row, turn, verdict in zip(asked.tolist(), turned, judge.judge_all(questions), strict=True):
-        verdicts[row] = verdict.turned() if turn else verdict
+    verdicts: list[Verdict | None] = [None] * len(test)
+    known: dict[str, Brief] = {}
+    in_turn = ledger is not None and ledger.limited
+    for users in [[user] for user in test.user_ids] if in_turn else [list(test.user_ids)]:
+        own = None if past is None or briefs is not None else _of(past, users)
+        found = briefs or {} if own is None else judge.study(own) if len(own) else {}
+        cut_short = {} if own is None else {user: _unstudied(judge, user) for user in own.user_ids if user not in found}
+        known |= {user: found[user] for user in users if user in found}
+        _tell(judge, test, users, known, cut_short, verdicts)
     seconds = time.perf_counter() - began
     counts = _counts(past, test)
     labels = {"data_set": data_set, "method": method or type(judge).__name__, "seed": seed, "cohort": cohort, "shots": shots}
@@ -121,7 +119,26 @@ def judged(
     record: dict[str, Any] = {"place": place._asdict(), "outcomes": outcomes}
     record |= {} if ledger is None else {"account": ledger.as_dict()}
     evaluation = _evaluation(judge, verdicts, test, labels, counts, seconds, record)
-    return Judged(evaluation, tuple(verdicts), dict(known), place, outcomes)
+    return Judged(evaluation, tuple(verdicts), known, place, outcomes)
+
+
+def _tell(
+    judge: Judge,
+    test: PairSet,
+    users: Sequence[str],
+    briefs: Mapping[str, Brief],
+    cut_short: Mapping[str, Verdict],
+    verdicts: list[Verdict | None],
+) -> None:
+    """Put in the verdicts on all choices of these users; of those whose study was cut short nothing is asked."""
+    rows = np.flatnonzero(_is_of(test, users))
+    for row in rows.tolist():
+        verdicts[row] = cut_short.get(test.user_ids[test.user_index[row]])
+    counts = ~test.tie[rows] | judge.probabilistic
+    asked = rows[counts & np.asarray([verdicts[row] is None for row in rows.tolist()], dtype=np.bool_)]
+    questions, turned = _questions(test, asked, briefs)
+    for row, turn, verdict in zip(asked.tolist(), turned, judge.judge_all(questions), strict=True):
+        verdicts[row] = verdict.turned() if turn else verdict
 
 
 def _unstudied(judge: Judge, user: str) -> Verdict:
@@ -133,9 +150,16 @@ def _unstudied(judge: Judge, user: str) -> Verdict:
 def _past(support: PairSet | None, test: PairSet, shots: Shots, seed: int) -> PairSet | None:
     if support is None:
         return None
-    own = np.isin(np.asarray(support.user_ids, dtype=object), list(test.user_ids))
-    past = support[own[support.user_index]] if len(support) else support
+    past = _of(support, test.user_ids)
     return past if shots is None else past[nested_shots(past, shots, seed)]
+
+
+def _of(pairs: PairSet, users: Sequence[str]) -> PairSet:
+    return pairs[_is_of(pairs, users)] if len(pairs) else pairs
+
+
+def _is_of(pairs: PairSet, users: Sequence[str]) -> NDArray[np.bool_]:
+    return np.isin(np.asarray(pairs.user_ids, dtype=object), list(users))[pairs.user_index]
 
 
 def _counts(past: PairSet | None, test: PairSet) -> NDArray[np.int64]:

@@ -59,6 +59,11 @@ class Ledger:
     def __repr__(self) -> str:
         return f"Ledger({', '.join(f'{name}={value}' for name, value in self.as_dict().items())})"
 
+    @property
+    def limited(self) -> bool:
+        """Whether there is a budget, which may end before the work does."""
+        return self.max_calls is not None or self.max_tokens is not None
+
     def begin(self, reserve: int) -> str | None:
         """Count one call whose answer takes up to `reserve` tokens; or say which part of the budget forbids it."""
         with self._lock:
