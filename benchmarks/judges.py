@@ -4,7 +4,9 @@
 
 For every data set (as `palate bench` names and prepares it) and seed, some unseen users and some of their choices are drawn and
 written as rows with a `split` column; `palate judge` is run on them with every judge, and `palate compare` with two models, so
-that all are held to the same choices. DIR/report.html and DIR/results.jsonl have everything; what is there is not run again.
+that all are held to the same choices. DIR/report.html and DIR/results.jsonl have everything; what is whole is not run again, and
+a judge that could not judge everything goes on, with the answers that it has. Exit code 1: something is missing still, and the
+report says what.
 
 Without --base-url the server is the one of tests/judge_server.py on this machine: a counter of words, no language model. Its
 answers are slow at times and fail at times. Its accuracy says that the pipeline is whole, and nothing about judges.
@@ -18,6 +20,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +32,7 @@ from palate.data.pairs import Prompt
 from palate.data.splits import SIDES, split
 from palate.errors import DataError
 from palate.evaluation import Evaluation
+from palate.evaluation.facts import Failure
 from palate.report import write_report
 
 JUDGES = ("in-context", "reasoning", "synthesize-me", "plus")
@@ -89,31 +93,43 @@ def palate(*words: str) -> int:
 
 
 def run(data: Texts, seed: int, asked: argparse.Namespace, url: str, model: str) -> list[Evaluation]:
-    """Everything of one data set and seed; a method that failed says so and is left out."""
+    """Everything of one data set and seed, and under `failures` what is missing of it."""
     folder, found = asked.out / data.name / f"seed{seed}", []
     rows = folder / f"{data.name}.jsonl"
     if not rows.exists():
         write_rows(data, seed, asked.users, asked.choices, rows)
-    compared = folder / "models"
+    codes, compared = dict[str, int](), folder / "models"
     if not (compared / "results.jsonl").exists():
         unit = ("--split-by", data.recipe.by)
         once = ("--seeds", "1", "--encoder", data.encoder.spec, "--out", str(compared))
-        palate("compare", str(rows), "--methods", MODELS, *unit, *once)
+        codes["models"] = palate("compare", str(rows), "--methods", MODELS, *unit, *once)
     for method in asked.judges.split(","):
         own = folder / method
-        if not (own / "results.jsonl").exists():
+        if not whole(own / "results.jsonl"):
             spec = ("--encoder", PLUS_ENCODER) if method == "plus" else ()
             to = ("--base-url", url, "--model", model, "--method", method, "--out", str(own), "--workers", "4", *spec)
-            palate("judge", str(rows), *to)
-    for results in [compared / "results.jsonl", *(folder / method / "results.jsonl" for method in asked.judges.split(","))]:
-        if results.exists():
-            read = Evaluation.load(results).rows()
-            found.append(
-                Evaluation.from_rows(row | {"data_set": data.label, "seed": seed} for row in read if row["shots"] is None)
-            )
-        else:
-            say(f"{results.parent}: nothing to report")
+            codes[method] = palate("judge", str(rows), *to)
+    for name in ("models", *asked.judges.split(",")):
+        found.append(read(folder / name / "results.jsonl", data.label, seed, name, codes.get(name, 0)))
     return found
+
+
+def read(results: Path, label: str, seed: int, name: str, code: int) -> Evaluation:
+    """The rows of a run and what it left out, under the labels of the report; a run without either has failed."""
+    ran = Evaluation.load(results) if results.exists() else Evaluation.from_rows([])
+    failures = tuple(failure._replace(data_set=label, seed=seed) for failure in ran.failures)
+    if not failures and (code or not len(ran)):
+        why = f"the command ended with exit code {code} and has said why; its answers are in {results.parent}"
+        failures = (Failure(label, name, seed, "unseen", why),)
+    for failure in failures:
+        say(f"{results.parent}: {failure.method}: {failure.message}")
+    rows = (row | {"data_set": label, "seed": seed} for row in ran.rows() if row["shots"] is None)
+    return replace(Evaluation.from_rows(rows), failures=failures)
+
+
+def whole(results: Path) -> bool:
+    """Whether a run is there that left nothing out."""
+    return results.exists() and not Evaluation.load(results).failures
 
 
 def main(given: Sequence[str]) -> None:
@@ -143,6 +159,8 @@ def main(given: Sequence[str]) -> None:
     for line in everything.summary():
         if line["cohort"] == "unseen":
             say(f"{line['data_set']:28s} {line['method']:14s} {line['accuracy']:.3f}  worst decile {line['worst_10']:.3f}")
+    if everything.failures:
+        raise SystemExit(1)
 
 
 @contextmanager

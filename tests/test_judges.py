@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from hypothesis import strategies as st
 
 from judge_server import JudgeServer, Status, answered, parts
 from palate import cli, judge_cli, terminal
+from palate.bench.protocols import Recipe, Texts
 from palate.data.embeddings import Dense, Embeddings
 from palate.data.pairs import Choice, Message, PairSet, Text
 from palate.data.splits import SIDES, split
@@ -28,6 +30,7 @@ from palate.encoders.asking import Limits
 from palate.encoders.base import Encoder
 from palate.errors import DataError
 from palate.evaluation import Evaluation
+from palate.evaluation.facts import Failure
 from palate.judges.base import Answer, Brief, Demo, Judge, Question, Verdict, demos_of, edited, load_briefs, save_briefs, shuffled
 from palate.judges.choosing import InContext
 from palate.judges.client import GIVE_UP_AFTER, Chat, ChatError, Reply, Request
@@ -1269,3 +1272,46 @@ def test_a_judge_that_only_chooses_stands_in_the_same_report(server: JudgeServer
         found.interval("in-context", metric="log_loss")
     write_report(found, tmp_path / "report")
     assert "not measured" in (tmp_path / "report" / "report.html").read_text(encoding="utf-8")
+
+
+def test_the_benchmark_goes_on_with_a_judge_that_left_something_out(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.syspath_prepend(str(root))
+    from benchmarks import judges as benchmark
+
+    row = {"shots": None, "cohort": "unseen", "n_support": 3, "n_test": 4, "accuracy": 0.75, "log_loss": None, "auc": 0.5}
+    row |= {"n_ties": 0, "n_parameters": 0, "fit_seconds": None, "adapt_seconds": None, "data_set": "rows.jsonl", "seed": 0}
+    lost, ran = {"plus": ["2 of 8 questions were not judged", None], "reasoning": []}, []
+
+    def command(*words: str) -> int:
+        """Writes what the two commands write: plus leaves something out the first time, reasoning never gets that far."""
+        folder, method = Path(words[words.index("--out") + 1]), "bt"
+        if words[0] == "judge":
+            method = words[words.index("--method") + 1]
+        ran.append(method)
+        if lost.get(method) == []:
+            return 2
+        why = lost[method].pop(0) if method in lost else None
+        failures = () if why is None else (Failure("rows.jsonl", method, 0, "unseen", why),)
+        folder.mkdir(parents=True, exist_ok=True)
+        found = Evaluation.from_rows([row | {"method": method, "user": user} for user in ("u0", "u1")])
+        replace(found, failures=failures).save(folder / "results.jsonl")
+        return int(bool(failures))
+
+    data = Texts("polis", planted(6, 8)[0], Recipe(lambda pairs: pairs, "prompt", None, None, "style"), load_encoder("style"))
+    monkeypatch.setattr(benchmark, "source", lambda text, encoder: data)
+    monkeypatch.setattr(benchmark, "palate", command)
+    given_ = ["--data", "polis=x", "--base-url", "http://127.0.0.1:9/v1", "--model", "stub", "--out", str(tmp_path)]
+    with pytest.raises(SystemExit) as left:
+        benchmark.main([*given_, "--judges", "in-context,plus,reasoning"])
+    assert (left.value.code, ran) == (1, ["bt", "in-context", "plus", "reasoning"])
+    found = Evaluation.load(tmp_path / "results.jsonl")
+    assert found.methods == ("bt", "in-context", "plus")
+    assert [(one.data_set, one.method) for one in found.failures] == [(data.label, "plus"), (data.label, "reasoning")]
+    assert "2 of 8 questions were not judged" in (tmp_path / "report.md").read_text(encoding="utf-8")
+    assert "exit code 2" in capsys.readouterr().err
+    ran.clear()
+    lost["reasoning"] = [None]
+    benchmark.main([*given_, "--judges", "in-context,plus,reasoning"])
+    assert (ran, Evaluation.load(tmp_path / "results.jsonl").failures) == (["plus", "reasoning"], ())
