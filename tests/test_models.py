@@ -645,6 +645,17 @@ def test_users_of_one_choice_each_and_nobody_to_ask(name: str) -> None:
 
 
 @EVERY
+def test_where_no_feature_differs_in_any_pair_every_margin_is_zero(name: str) -> None:
+    columns = arrays(12, least=6)
+    table = columns["embeddings"].copy()
+    table[columns["rejected"]] = table[columns["chosen"]]  # texts differ, and the two sides of a choice never do
+    data = pairs_of(columns, embeddings=table)
+    model = palate.fit(data, METHODS[name]())
+    assert not palate.margins(model, data).any()
+    assert not palate.margins(model, data, palate.adapt(model, data)).any()
+
+
+@EVERY
 def test_profiles_of_nobody_are_the_crowd(name: str) -> None:
     model, data = fitted(name), everybody()
     nobody = palate.adapt(model, data[:0])

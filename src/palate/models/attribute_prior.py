@@ -139,7 +139,7 @@ class AttributePrior(Hierarchical):
         record["attributes"] = {"users": int(known.sum()), "columns": len(columns), "rare": dict(rare)}
         numbers = dict(found.state_dict())
         chosen = 0.0
-        if found.prior is not None and columns and bool(known.any()):
+        if found.prior is not None and found.n_weights and columns and bool(known.any()):
             centre, size = moments(table, columns)
             learning = _Learning(found, data, standard(table.double(), centre, size).to(found.direction), known)
             chosen = self._chosen(learning, seed, record) if self.prior_effect is None else self.prior_effect

@@ -108,9 +108,11 @@ class GroupBT(WholeRewards, RewardModel):
 def grouped(data: EmbeddedPairs, people: People, n_groups: int, seed: int) -> tuple[Tensor, Tensor]:
     """Weights (G, K) of the groups around the crowd, and their shares of the users (G,), the largest group first.
 
-    There are never more groups than people who differ.
+    There are never more groups than people who differ; where no feature differs in any pair there is one, the crowd.
     """
     white = people.white()
+    if not white.shape[1]:
+        return white.new_zeros(1, 0), white.new_ones(1)
     means = KMeans(min(n_groups, len(torch.unique(white, dim=0))), n_init=4, random_state=seed).fit(white.double().cpu().numpy())
     label = torch.as_tensor(np.asarray(means.labels_), device=white.device).long()
     order = torch.argsort(torch.bincount(label), descending=True, stable=True)

@@ -90,6 +90,8 @@ def mixture(
     Starts from k-means of the users' modes under `prior`, in its own metric. Each covariance is shrunk towards the pooled
     one with the weight of `strength` users, so a small type cannot collapse onto its members.
     """
+    if not prior.means.shape[1]:  # no feature differs in any pair: there is one type, everybody
+        return prior
     expect = Expectation(parts)
     expect.step(prior, max_steps=20)
     modes = expect.weights()
@@ -237,6 +239,8 @@ def compress(slopes: Tensor, prior: Prior, *, most: int | None = None, discard: 
     Returns:
         (K, K') matrix to multiply the bases and the slopes with, and the prior of the K' new weights.
     """
+    if not slopes.shape[1]:  # no feature differs in any pair: there is no direction to keep
+        return slopes.new_zeros(0, 0), prior
     moment = slopes.T.double() @ slopes.double() / max(len(slopes), 1)
     size, axes = torch.linalg.eigh(moment)
     seen = size > 1e-7 * size.max()
