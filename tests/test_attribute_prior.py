@@ -270,6 +270,8 @@ def test_a_number_that_is_everybodys_moves_nobody() -> None:
     [
         ({"ada": {"age": float("nan")}}, "attribute 'age' of user 'ada' is nan; expected a finite number or a word"),
         ({"ada": {"age": None}}, "attribute 'age' of user 'ada' is None"),
+        ({"ada": 3}, r"attributes of user 'ada' are 3 \(int\); expected a mapping from names to numbers and words"),
+        ([("ada", {"age": 3})], r"attributes are \[\('ada', .* \(list\); expected a mapping from user ids to attributes"),
         (
             {"ada": {"age": 3}, "bo": {"age": "old"}},
             "'age' is a number for some users and a word for 'bo'; expected one of the two",
@@ -309,7 +311,12 @@ def test_the_same_bits_from_disk_and_nobodys_attributes_there(matters: World, in
     assert given.encoder == informed.encoder
     ours, theirs = (palate.margins(m, matters.test, palate.adapt(m, matters.support)) for m in (informed, given))
     assert torch.equal(ours, theirs)
-    assert not torch.equal(palate.adapt(loaded, matters.support).mean, palate.adapt(given, matters.support).mean)
+    uneven = matters.support[39:]  # one choice of the first user, forty of the others: several batches
+    with pytest.warns(UserWarning, match=r"everybody counts as unknown; expected model\.with_attributes") as said:
+        unknown = palate.adapt(loaded, uneven)
+    assert [Path(one.filename).name for one in said] == [Path(__file__).name]  # once, and at the caller's line
+    assert torch.equal(unknown.mean, palate.adapt(loaded.with_attributes({}), uneven).mean)
+    assert not torch.equal(unknown.mean, palate.adapt(given, uneven).mean)
 
 
 def test_without_attributes_it_is_hierarchical(matters: World, plain: palate.RewardModel, informed: AttributePrior) -> None:

@@ -6,6 +6,7 @@ model.
 """
 
 import json
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -132,12 +133,16 @@ def adapt(model: RewardModel, data: EmbeddedPairs, *, covariance: bool = True) -
         data: choices of any users, seen or not.
         covariance: False leaves the (U, K, K) covariances out, which is most of the memory at large U and K.
 
+    Warns once where the model was not given what it reads beside choices (`AttributePrior.with_attributes`).
+
     Raises:
         DataError: the model is not fitted, or reads other embeddings.
         MismatchError: the embeddings come from another encoder.
     Cost: one pass over the distinct texts, then a few K x K systems a user; 100,000 users x 10 choices x 8 weights take seconds.
     """
     model.check(data.embeddings, data.encoder)
+    if model.lacks is not None:
+        warnings.warn(model.lacks, stacklevel=3)  # past the frame of no_grad
     first, second = pair_design(model, data) if model.linear else sides(model, data)
     grouped = data.grouped()
     users, k = len(data.user_ids), model.n_weights

@@ -52,7 +52,7 @@ class AttributePrior(Hierarchical):
     **Attributes of persons are personal data**, often of special kinds (health, origin, religion), and a reward that follows them
     treats people by their group until they have said what they want. Use them only with a lawful ground and consent, and look at
     what they change. The model keeps the names of attributes and words, and A; the table itself is never saved: after loading,
-    `model = model.with_attributes(table)`.
+    `model = model.with_attributes(table)`. `adapt` warns where that was not done.
 
     Args:
         attributes: user id -> attribute -> a finite number or a word, for seen and new users alike; the same attribute is a
@@ -61,7 +61,8 @@ class AttributePrior(Hierarchical):
         effect: prior variance of an effect in variances of the population, 0 for none; None chooses among `EFFECTS`.
 
     Raises:
-        DataError: attributes that are neither finite numbers nor words, or both; a negative effect; a base that is a blend.
+        DataError: no such mapping; attributes that are neither finite numbers nor words, or both; a negative effect; a base that
+            is a blend.
     Cost: that of `Hierarchical`, and a few posteriors of the seen users.
     """
 
@@ -78,7 +79,8 @@ class AttributePrior(Hierarchical):
         if effect is not None and not 0 <= effect < float("inf"):
             raise DataError(f"effect is {effect}; expected a number of at least 0, or None to choose it on held-out users")
         self.prior_effect = effect
-        self.attributes: Table = _checked(attributes or {})
+        self.attributes: Table = _checked({} if attributes is None else attributes)
+        self.given = attributes is not None  # an empty table says that nobody is known, and none says nothing
         self.columns: tuple[Column, ...] = ()
         self.inference = Informed(self)
         for name in ("effect", "rest"):
@@ -97,7 +99,7 @@ class AttributePrior(Hierarchical):
 
     def like(self, state: Mapping[str, Tensor], **options: Any) -> Self:
         out = super().like(state, **options)
-        out.attributes = self.attributes
+        out.attributes, out.given = self.attributes, self.given
         return out
 
     def with_attributes(self, attributes: Table) -> Self:
@@ -107,10 +109,19 @@ class AttributePrior(Hierarchical):
         many words of the table the model does not know. Raises `DataError` as the constructor does.
         """
         out = self.like(self.state_dict())
-        out.attributes, out.encoder = _checked(attributes), self.encoder
+        out.attributes, out.given, out.encoder = _checked(attributes), True, self.encoder
         unseen = unknown_words(out.attributes, self.columns)
         out.record = self.record | {"attributes_given": {"users": len(out.attributes), "unseen_words": dict(unseen)}}
         return out
+
+    @property
+    def lacks(self) -> str | None:
+        if self.given or not self.effect.numel():
+            return None
+        return (
+            "this AttributePrior has learned what attributes say and was given none, so that everybody counts as unknown; "
+            "expected model.with_attributes(table) after loading, or with_attributes({}) where nothing is known of anybody"
+        )
 
     def expected(self, users: Sequence[str]) -> Tensor:
         """(U, K) the weights of users of whom no choice is known: the crowd's, moved by what is known of them."""
@@ -298,10 +309,21 @@ class Column(NamedTuple):
 
 
 def _checked(attributes: Table) -> Table:
-    """A copy with numbers as floats. Raises `DataError` for what is neither a finite number nor a word, or both."""
+    """A copy with numbers as floats. Raises `DataError` for another shape, and for what is neither a finite number nor a word, or
+    both."""
+    if not isinstance(attributes, Mapping):
+        raise DataError(
+            f"attributes are {attributes!r:.60} ({type(attributes).__name__}); expected a mapping from user ids to attributes, "
+            "such as {'ada': {'age': 41, 'region': 'north'}} (of a data frame, frame.to_dict('index'))"
+        )
     out: dict[str, dict[str, float | str]] = {}
     kinds: dict[str, type] = {}
     for user, mine in attributes.items():
+        if not isinstance(mine, Mapping):
+            raise DataError(
+                f"the attributes of user {user!r} are {mine!r:.60} ({type(mine).__name__}); expected a mapping from names to "
+                "numbers and words, such as {'age': 41, 'region': 'north'}"
+            )
         out[user] = {}
         for name, value in mine.items():
             if not isinstance(value, str):

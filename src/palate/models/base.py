@@ -105,6 +105,11 @@ class RewardModel(nn.Module):
         """The weights of a batch of users, for a method that is not linear in them (the others have `inference`)."""
         raise DataError(f"{type(self).__name__} does not say how choices become weights")
 
+    @property
+    def lacks(self) -> str | None:
+        """What it reads beside choices and was not given, in words, which `adapt` warns of; None where it lacks nothing."""
+        return None
+
     # -- what follows from it
 
     def expected(self, users: Sequence[str]) -> Tensor:
