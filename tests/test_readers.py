@@ -11,8 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from palate.data import sources
 from palate.data.pairs import PairSet
 from palate.data.readers import load_pairs, load_polis, load_valid_pairs
+from palate.data.sources import csv_records
 from palate.errors import DataError, MissingExtraError
 
 ROWS: list[dict[str, Any]] = [
@@ -77,6 +79,22 @@ def test_csv(expected: PairSet, tmp_path: Path) -> None:
     (tmp_path / "a.csv.gz").write_bytes(gzip.compress((tmp_path / "a.csv").read_bytes()))
     same(load_pairs(tmp_path / "a.csv"), expected)
     same(load_pairs(tmp_path / "a.csv.gz"), expected)
+
+
+def test_a_cell_may_be_as_long_as_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before, long = csv.field_size_limit(), "word " * 40_000  # 200,000 characters, where Python's csv stops at 131,072
+    (tmp_path / "a.csv").write_text(f"user_id,chosen,rejected\nana,{long},b\nbo,c,{long}\n")
+    pairs = load_pairs(tmp_path / "a.csv")
+    assert [len(text.response) for text in pairs.texts] == [200_000, 1, 1]
+    stream = csv_records(tmp_path / "a.csv", ())
+    next(stream)
+    assert csv.field_size_limit() == before  # which is the whole process's, also while a file is being read
+    monkeypatch.setattr(sources, "MAX_LINE", 250_000)
+    (tmp_path / "b.csv").write_text(f'user_id,chosen,rejected\nana,"{long}\n{long}",b\nbo,c,d\n')
+    _, report = load_valid_pairs(tmp_path / "b.csv")
+    assert (report.n_good, report.bad_rows[0].line, report.bad_rows[0].problems[0].reason) == (1, 2, "line_too_long")
+    assert "a cell goes on for more than 250,000 characters; expected at most that" in str(report.bad_rows[0])
+    assert csv.field_size_limit() == before
 
 
 def test_parquet_and_datasets(expected: PairSet, tmp_path: Path) -> None:

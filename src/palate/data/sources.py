@@ -8,9 +8,11 @@ streamed: memory is one line (JSON Lines, CSV) or one batch (Parquet), whatever 
 import csv
 import gzip
 import json
+import threading
 import zlib
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -160,20 +162,39 @@ class _Feed:
 
 def _csv_records(path: Path) -> Iterator[tuple[int, bytes, list[str], Problem | None]]:
     feed = _Feed(_lines(path))
+_CELLS = threading.Lock()
+
+
+@contextmanager
+def _long_cells() -> Iterator[None]:
+    """A cell may be as long as a line. `csv` has one limit for the whole process: it is set for one record and put back."""
+    with _CELLS:
+        before = csv.field_size_limit(MAX_LINE)
+        try:
+            yield
+        finally:
+            csv.field_size_limit(before)
+
+
+def _csv_problem(error: csv.Error) -> Problem:
+    if str(error).startswith("field larger than field limit"):  # of several lines: a line that long is a problem of its own
+        message = f"a cell goes on for more than {MAX_LINE:,} characters; expected at most that (is its closing quote missing?)"
+        return Problem(Reason.LINE_TOO_LONG, message)
+    return Problem(Reason.BROKEN_CSV, f"broken CSV quoting: {error}; expected quotes in a text to be doubled")
+
+
     reader = csv.reader(feed, strict=True)  # not strict, it repairs '"He said "hi" to me"' into another text without a word
     width: int | None = None
     while True:
         feed.used = []
         problem: Problem | None = None
         try:
-            fields = next(reader)
+            with _long_cells():
+                fields = next(reader)
         except StopIteration:
             return
         except csv.Error as error:
-            fields, problem = (
-                [],
-                Problem(Reason.BROKEN_CSV, f"broken CSV quoting: {error}; expected quotes in a text to be doubled"),
-            )
+            fields, problem = [], _csv_problem(error)
         if problem is None and fields and width is not None and len(fields) != width:
             message = f"{len(fields)} fields where the header has {width}; quote the texts that hold commas or line breaks"
             problem = Problem(Reason.WRONG_FIELD_COUNT, message)
