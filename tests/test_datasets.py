@@ -35,6 +35,17 @@ def jsonl(path: Path, rows: list[Row] | list[object]) -> Path:
     return path
 
 
+def framed(value: Any) -> Any:
+    """The value as pandas gives it back from Parquet: every list is an array of objects, also inside another."""
+    if isinstance(value, dict):
+        return {name: framed(one) for name, one in value.items()}
+    if not isinstance(value, list):
+        return value
+    out = np.empty(len(value), dtype=object)
+    out[:] = [framed(one) for one in value]
+    return out
+
+
 def sides(pairs: PairSet) -> list[tuple[str, str, str]]:
     """(user, chosen, rejected) of every choice, in order."""
     rows = zip(pairs.users, pairs.chosen, pairs.rejected, strict=True)
@@ -642,6 +653,8 @@ def test_community_alignment_as_it_is_published(tmp_path: Path) -> None:
     with (tmp_path / "part.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, rows[0])
         writer.writeheader()
+    of_frame, _ = arena.load_arena([framed(row) for row in train], val, test, unseen=0.34)
+    assert of_frame.fingerprint() == pairs.fingerprint()
         writer.writerows(rows)
     for source in (rows, jsonl(tmp_path / "part.jsonl", rows), tmp_path / "part.csv"):
         pairs, report = community.load_community_alignment(source, languages={"en"})
@@ -676,6 +689,10 @@ def test_community_columns_that_cannot_be() -> None:
         community.load_community([{"asked": "?"}], numbered)
 
 
+    unsaid = [marked("ed", "a") | {"lang": None}, marked("flo", "a") | {"lang": ["en"]}]
+    some, report = community.load_community([*rows[:1], *unsaid], MARKED, languages={"en", "it"})
+    assert (some.user_ids, report.n_bad, report.bad_rows[0].line) == (("ada",), 1, 3)  # one bad row, and nobody else's
+    assert "lang is ['en'] (list); expected a language" in str(report.bad_rows[0])
 # -- Argilla
 
 
@@ -718,6 +735,9 @@ def test_argilla_rankings_in_both_forms(tmp_path: Path) -> None:
 def test_argilla_labels() -> None:
     labels = {"first": "response-1", "second": "response-2", "same": None}
     rows = [exported("which", ["first", "second", "same", "neither"])]
+    odd = aligned("flo", first) | {"assigned_lang": ["en"]}
+    some, report = community.load_community_alignment([rows[0], odd], languages={"en"})
+    assert (some.user_ids, dict(report.reasons)) == (("ada",), {"wrong_type": 1})
     pairs, report = argilla_labels(rows, "which", prompt="instruction", labels=labels)
     assert sides(pairs) == [("user-0", "Soup.", "Bread."), ("user-1", "Bread.", "Soup."), ("user-2", "Soup.", "Bread.")]
     assert pairs.tie.tolist() == [False, False, True]
@@ -775,6 +795,8 @@ def test_prepared_rows_read_back_as_they_are(tmp_path: Path, palate_command: Run
 
 def test_what_is_left_out_of_any_file_is_said(tmp_path: Path, palate_command: Run) -> None:
     good = prompts(50)
+    of_frame, _ = argilla_rankings([framed(row) for row in rows], "order", prompt="instruction", answers=fields)
+    assert of_frame.fingerprint() == pairs.fingerprint()
     files = [jsonl(tmp_path / name, [*good, good[0] | {"prompt": " "}]) for name in ("train.jsonl", "test.jsonl")]
     code, _, err = palate_command("data", "prepare", "personalllm-lore", *files, "--out", tmp_path / "rows.jsonl")
     assert code == 0

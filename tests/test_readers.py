@@ -97,6 +97,17 @@ def test_a_cell_may_be_as_long_as_a_line(tmp_path: Path, monkeypatch: pytest.Mon
     assert csv.field_size_limit() == before
 
 
+def test_arrays_in_rows_are_lists(expected: PairSet) -> None:
+    """A data frame that was read from Parquet has arrays, of arrays even, where the file had lists."""
+    turns = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "x"}]
+    ended: list[Any] = [{"user_id": "a", "chosen": turns, "rejected": [turns[0], turns[1] | {"content": "y"}]}]
+    arrays = [{name: np.array(value) if isinstance(value, list) else value for name, value in row.items()} for row in ended]
+    same(load_pairs(arrays), load_pairs(ended))
+    nested = np.empty(2, dtype=object)
+    nested[:] = [np.array([1, 2]), {"ranked": np.array(["a"])}]
+    assert [record.row for record in sources.rows_in_memory([{"x": nested}])] == [{"x": [[1, 2], {"ranked": ["a"]}]}]
+
+
 def test_parquet_and_datasets(expected: PairSet, tmp_path: Path) -> None:
     pa = pytest.importorskip("pyarrow")
     parquet = pytest.importorskip("pyarrow.parquet")

@@ -71,7 +71,7 @@ def load_community(
     place_of = {str(label): place for place, label in enumerate(labels)}
 
     def rows(row: Mapping[str, Any]) -> Iterator[Row]:
-        if languages is not None and columns.language is not None and row[columns.language] not in languages:
+        if languages is not None and columns.language is not None and not _spoken(row, columns.language, languages):
             return
         answers = [text(row, column) for column in columns.answers]
         best = place_of.get(str(row[columns.preferred]))
@@ -105,7 +105,7 @@ def load_community_alignment(source: Source, *, languages: Collection[str] | Non
     """
 
     def rows(row: Mapping[str, Any]) -> Iterator[Row | Problem]:
-        if languages is not None and row["assigned_lang"] not in languages:
+        if languages is not None and not _spoken(row, "assigned_lang", languages):
             return
         said: list[Row] = []
         for turn in TURNS:
@@ -131,6 +131,16 @@ def load_community_alignment(source: Source, *, languages: Collection[str] | Non
     named = (f"{turn}_turn_{what}" for turn in TURNS for what in ("prompt", "preferred_response"))
     answers = (f"{turn}_turn_response_{letter}" for turn in TURNS for letter in LETTERS)
     return choices_in([(source, rows)], ["annotator_id", "conversation_id", "assigned_lang", *named, *answers])
+
+
+def _spoken(row: Mapping[str, Any], column: str, languages: Collection[str]) -> bool:
+    """Whether the row is in one of the languages; where nobody said in which, it is not."""
+    value = row[column]
+    if value is None or value != value:  # NaN, as tables have it
+        return False
+    if not isinstance(value, str):
+        raise DataError(f"{column} is {value!r:.60} ({type(value).__name__}); expected a language, a text such as 'en'")
+    return value in languages
 
 
 def _cell(row: Mapping[str, Any], column: str) -> str | None:

@@ -16,6 +16,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
+import numpy as np
+
 from palate.data.rows import REQUIRED, Problem, Reason
 from palate.errors import DataError, MissingExtraError
 
@@ -289,4 +291,13 @@ def rows_in_memory(rows: Iterable[object]) -> Iterator[Record]:
     if not hasattr(rows, "__iter__"):
         raise DataError(f"got a {type(rows).__name__}; expected a path, a datasets.Dataset, or an iterable of dicts")
     for number, row in enumerate(rows, 1):
-        yield Record(number, None, row)
+        yield row if isinstance(row, Record) else Record(number, None, _listed(row))
+
+
+def _listed(value: object) -> object:
+    """The value with lists for NumPy's arrays, which is what a data frame makes of lists, however deep they are."""
+    if isinstance(value, np.ndarray):
+        value = value.tolist()
+    if isinstance(value, list):
+        return [_listed(one) for one in value]
+    return {name: _listed(one) for name, one in value.items()} if isinstance(value, dict) else value
