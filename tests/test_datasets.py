@@ -826,6 +826,13 @@ def test_every_recipe_is_prepared_by_its_name(tmp_path: Path) -> None:
     options = {
         "community": recipes.Options(columns="annotator=annotator,prompt=asked,preferred=best", answers="1=a,2=b"),
         "argilla-rankings": recipes.Options(question="order", prompt="instruction", answers="response-1,response-2"),
+    once = [rows[2], rows[2] | {"instruction": "Lunch?", "stars.responses.users": ["bo"]}, rows[4]]
+    with pytest.raises(DataError, match="2 ratings by 2 annotators, but none of them rated two answers to one prompt") as caught:
+        argilla_ratings(once, "stars", prompt="instruction", answer="answer")
+    assert "0 of 1 rows are good, 1 are bad (1 wrong_type)\n  line 3: answer is ' '" in str(caught.value)
+    alike = [exported("stars", [4]) | {"answer": answer} for answer in ("Soup.", "Bread.", "Rice.")]
+    with pytest.raises(DataError, match=r"3 ratings by 1 annotator, but all that can be compared are equal; .* ties=True"):
+        argilla_ratings(alike, "stars", prompt="instruction", answer="answer")
         "argilla-labels": recipes.Options(question="which", prompt="instruction", answers="first=response-1,x=response-2,same="),
         "argilla-ratings": recipes.Options(question="stars", prompt="instruction", answers="answer"),
     }

@@ -112,7 +112,8 @@ def argilla_ratings(
         ties: equal ratings become ties instead of nothing.
 
     Raises:
-        DataError: an export that is not flattened, a column that is not there, or no good row.
+        DataError: an export that is not flattened, a column that is not there, no good row, or ratings of which no two can be
+            compared.
     Cost: ratings are compared across records, so they are all held in memory.
     """
     _check_flattened(source)
@@ -135,8 +136,20 @@ def argilla_ratings(
                 tally.add(record, [], [one])
             else:
                 ratings.append(one)
-    choices = map(as_row, from_ratings(ratings, ties=ties))
-    return choices_in([(choices, lambda row: [dict(row)])], (), tally)
+    compared = from_ratings(ratings, ties=ties)
+    if ratings and not compared:
+        raise _incomparable(ratings, tally)
+    return choices_in([(map(as_row, compared), lambda row: [dict(row)])], (), tally)
+
+
+def _incomparable(ratings: list[Rating], tally: Tally) -> DataError:
+    users = len({rating.user_id for rating in ratings})
+    said = f"{tally.source}: {len(ratings)} ratings by {users} annotator{'s' if users > 1 else ''}, but "
+    if from_ratings(ratings, ties=True):
+        said += "all that can be compared are equal; keep them as ties with ties=True (--ties)"
+    else:
+        said += "none of them rated two answers to one prompt; expected some who did, as only their own ratings are compared"
+    return DataError(said + (f"\nbesides, {tally.report().summary()}" if tally.bad else ""))
 
 
 def _rating(answer: _Answer, words: tuple[str, str], question: str) -> Rating | Problem:

@@ -44,7 +44,7 @@ def records_of(source: Source, required: Sequence[str]) -> Iterator[Record]:
         return parquet_records(path, required)
     if kind == "csv":
         return csv_records(path, required)
-    return records(path, kind)
+    return records(path, kind, required)
 
 
 def said_by(record: Record, meaning: Callable[[Mapping[str, Any]], Any]) -> Any:

@@ -66,16 +66,16 @@ def file_format(path: Path, wanted: str | None = None) -> str:
     return found
 
 
-def records(path: Path, file_format: str) -> Iterator[Record]:
-    """The records of a 'jsonl', 'csv' or 'parquet' file, one at a time.
+def records(path: Path, file_format: str, required: Sequence[str] = REQUIRED) -> Iterator[Record]:
+    """The records of a 'jsonl', 'csv' or 'parquet' file with the columns `required`, one at a time.
 
     Raises `DataError` where no record of the file can be good: an empty or foreign file, columns that are not there.
     """
     if path.stat().st_size == 0:
-        raise DataError(f"{path} is empty; expected rows with {', '.join(REQUIRED)}")
+        raise DataError(f"{path} is empty; expected rows with {', '.join(required)}")
     if file_format == "parquet":
-        return parquet_records(path, REQUIRED)
-    return _csv(path) if file_format == "csv" else _jsonl(path)
+        return parquet_records(path, required)
+    return _csv(path, required) if file_format == "csv" else _jsonl(path)
 
 
 def _lines(path: Path) -> Iterator[tuple[int, bytes, Problem | None]]:
@@ -162,8 +162,6 @@ class _Feed:
         self._waiting.extendleft(reversed(lines))
 
 
-def _csv_records(path: Path) -> Iterator[tuple[int, bytes, list[str], Problem | None]]:
-    feed = _Feed(_lines(path))
 _CELLS = threading.Lock()
 
 
@@ -185,6 +183,8 @@ def _csv_problem(error: csv.Error) -> Problem:
     return Problem(Reason.BROKEN_CSV, f"broken CSV quoting: {error}; expected quotes in a text to be doubled")
 
 
+def _csv_records(path: Path) -> Iterator[tuple[int, bytes, list[str], Problem | None]]:
+    feed = _Feed(_lines(path))
     reader = csv.reader(feed, strict=True)  # not strict, it repairs '"He said "hi" to me"' into another text without a word
     width: int | None = None
     while True:
@@ -228,8 +228,8 @@ def csv_records(path: Path, required: Sequence[str]) -> Iterator[Record]:
             yield Record(number, raw, None, problem, blank=problem is None)
 
 
-def _csv(path: Path) -> Iterator[Record]:
-    for record in csv_records(path, REQUIRED):
+def _csv(path: Path, required: Sequence[str]) -> Iterator[Record]:
+    for record in csv_records(path, required):
         yield record._replace(row=_typed(record.row)) if isinstance(record.row, dict) else record
 
 
@@ -282,7 +282,10 @@ def parquet_records(path: Path, required: Sequence[str]) -> Iterator[Record]:
 
 
 def rows_in_memory(rows: Iterable[object]) -> Iterator[Record]:
-    """Records of a `datasets.Dataset` or of any iterable of dicts. Raises `DataError` for what only looks like one."""
+    """Records of a `datasets.Dataset` or of any iterable of dicts; a `Record` among them keeps the line that it has.
+
+    Raises `DataError` for what only looks like one.
+    """
     if isinstance(rows, dict):
         keys = ", ".join(map(str, rows))
         raise DataError(f"got a dict of {keys}; expected rows: one split of a DatasetDict, or a list of dicts (one a row)")

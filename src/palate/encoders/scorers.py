@@ -243,7 +243,7 @@ def _records(path: Path | None, source: Any, required: Sequence[str] = ("prompt"
         return _parquet(path)
     if kind != "jsonl":
         raise DataError(f"{path} is a folder; expected a file of rows with {', '.join(required)}")
-    return records(path, kind)
+    return records(path, kind, required)
 
 
 def _parquet(path: Path) -> Iterator[Record]:
