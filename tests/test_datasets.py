@@ -100,7 +100,7 @@ def test_prism_leaves_out_users_who_completed_nothing(tmp_path: Path) -> None:
     )
     assert load_prism(conversations)[0].user_ids == ("ada", "bo")
     assert load_prism(conversations, survey=survey)[0].user_ids == ("bo",)
-    with pytest.raises(DataError, match=r"line 1: KeyError\('num_completed_conversations'\); expected PRISM's survey\.jsonl"):
+    with pytest.raises(DataError, match=r"line 1: KeyError\('num_completed_conversations'\); .* expected PRISM's survey\.jsonl"):
         load_prism(conversations, survey=jsonl(tmp_path / "survey.jsonl", [{"user_id": "ada"}]))
 
 
@@ -191,6 +191,50 @@ def test_prism_split_of_mrm_is_the_published_one(tmp_path: Path) -> None:
             assert label == names[int(conversation in talks[len(talks) // 2 :])]
 
 
+def test_prism_draws_before_bad_rows_are_left_out(tmp_path: Path) -> None:
+    """Conversations and users of whom no row is good are drawn with the others, as in the scripts; a broken line is not there."""
+    rows = [plain(f"user {u}", i) for u in range(7) for i in range(6 + u)]
+    clean = prism_split(load_prism(jsonl(tmp_path / "conversations.jsonl", rows))[0])
+    bad = {("user 6", 2), ("user 6", 3), *(("user 3", i) for i in range(9))}
+    same = [
+        talk(user, i, turn(0, "Q", "Hello!", "Hello!")) if (user, i) in bad else plain(user, i)
+        for user, i in ((row["user_id"], int(row["conversation_id"].rpartition("-")[2])) for row in rows)
+    ]
+    path = jsonl(tmp_path / "conversations.jsonl", same)
+    path.write_text("not json\n\n" + path.read_text() + json.dumps(plain("user 0", 6) | {"conversation_history": None}) + "\n")
+    pairs, report = load_prism(path)
+    assert dict(report.reasons) == {"broken_json": 1, "wrong_type": 1, "identical_sides": len(bad)}
+    assert [row.line for row in report.bad_rows[:3]] == [1, 3 + len(rows), 3 + 6 + 7 + 8]  # of the file; lines are told first
+    assert "conversations.jsonl: TypeError(" in str(report.bad_rows[1])
+    assert "expected user_id, conversation_id, conversation_history, as PRISM has them" in str(report.bad_rows[1])
+    split = prism_split(pairs)
+    expected = {name: label for name, label in zip(clean.conversation, clean.split, strict=True)}
+    assert pairs.user_ids == tuple(f"user {u}" for u in (0, 1, 2, 4, 5, 6))
+    assert split.split.tolist() == [expected[name] for name in split.conversation]
+    assert prism_split(pairs[np.arange(len(pairs))]).split.tolist() != split.split.tolist()  # of these alone that is not known
+
+
+def test_prism_users_with_one_side_left_have_no_split(tmp_path: Path) -> None:
+    rows = [plain(user, i) for user in ("ada", "bo") for i in range(6)]
+    clean = prism_split(load_prism(jsonl(tmp_path / "conversations.jsonl", rows))[0])
+    learned = set(clean.conversation[(clean.users == "ada") & np.isin(clean.split, ("train", "support"))])
+    rows = [talk("ada", i, turn(0, "Q", "x", "x")) if f"ada-{i}" in learned else plain("ada", i) for i in range(6)] + rows[6:]
+    split = prism_split(load_prism(jsonl(tmp_path / "conversations.jsonl", rows))[0])
+    assert set(split.split[split.users == "ada"]) == {None}
+    assert split.split[split.users == "bo"].tolist() == clean.split[clean.users == "bo"].tolist()
+
+
+def test_prism_survey_lines_that_say_nothing_leave_nobody_out(tmp_path: Path) -> None:
+    conversations = jsonl(tmp_path / "conversations.jsonl", [plain(user, i) for user in ("ada", "bo") for i in range(6)])
+    survey = jsonl(tmp_path / "survey.jsonl", [{"user_id": "ada"}, {"user_id": "bo", "num_completed_conversations": 0}])
+    pairs, report = load_prism(conversations, survey=survey)
+    assert (pairs.user_ids, report.n_bad) == (("ada",), 1)
+    assert "line 1: survey.jsonl: KeyError('num_completed_conversations')" in str(report.bad_rows[0])
+    conversations.write_text("")
+    with pytest.raises(DataError, match="is empty; expected rows with user_id, conversation_id, conversation_history"):
+        load_prism(conversations)
+
+
 # -- TL;DR
 
 
@@ -256,7 +300,23 @@ def test_tldr_comparisons_of_articles_have_no_post() -> None:
     assert all(text.prompt_text for text in pairs.texts)
     for worker in (3, None, ["a"]):
         with pytest.raises(DataError, match=r"train row 0: TypeError.*expected .* worker \(a text\)"):
-            load_tldr([compared("a", 1) | {"worker": worker}, *rows], rows)
+            load_tldr([compared("a", 1) | {"worker": worker}], rows)
+
+
+def test_tldr_rows_that_are_no_comparison_are_not_there(tmp_path: Path) -> None:
+    rows = [compared(worker, i, i % 2) for i in range(30) for worker in ("a", "b", "c", "d")]
+    odd = [rows[0] | change for change in ({"choice": 1.0}, {"info": None}, {"summaries": [{"text": "one"}]}, {"worker": 3})]
+    parts = [jsonl(tmp_path / f"{name}.jsonl", [*rows, *odd]) for name in ("train", "validation")]
+    parts[0].write_text(parts[0].read_text() + "not json\n")
+    for load in (load_tldr, load_tldr_lore, load_tldr_paper):
+        limits = {"seen_limit": 9, "unseen_limit": 4}
+        clean, found = load(rows, rows, **limits)[0], load(*parts, **limits)
+        assert sides(found[0]) == sides(clean)
+        assert found[0].split.tolist() == clean.split.tolist()  # the draws are those without such rows
+        report = found[1]
+        assert (report.n_good, report.n_bad, report.reasons["broken_json"]) == (len(clean), 2 * 4 + 1, 1)
+        part = "part 1" if load is load_tldr_paper else "train"
+        assert f"line 121: {part}: TypeError('2 summaries and choice 1.0'); expected info.post" in str(report.bad_rows[0])
 
 
 def test_tldr_reads_parquet(tmp_path: Path) -> None:
@@ -269,7 +329,7 @@ def test_tldr_reads_parquet(tmp_path: Path) -> None:
     found, report = load_tldr(tmp_path / "train.parquet", [tmp_path / "validation.parquet"])
     assert (found.user_ids, report.rows) == (("a", "b"), 16)
     (tmp_path / "x.jsonl").write_text("<html>\n")
-    with pytest.raises(DataError, match=r"train row 0: TypeError\('not JSON"):
+    with pytest.raises(DataError, match="train row 0: not JSON"):
         load_tldr(tmp_path / "x.jsonl", rows)
 
 
@@ -593,6 +653,8 @@ def test_arena_rows_in_all_their_forms(tmp_path: Path) -> None:
     told, report = arena.load_arena(talks, val, test)
     assert told.texts[told.chosen[0]].prompt_text == "What?"  # it is nowhere but in front of the answers
     assert (report.n_bad, "answer different turns" in str(report.bad_rows[0])) == (1, True)
+    of_frame, _ = arena.load_arena([framed(row) for row in train], val, test, unseen=0.34)
+    assert of_frame.fingerprint() == pairs.fingerprint()
     everybody, _ = arena.load_arena(train, val, test, unseen=0.0)
     assert Counter(everybody.split) == {"train": 6, "test_seen": 3}
     renamed = [{"who": "ada", "before": "Why?", "chosen": "a", "rejected": "b"}]
@@ -627,6 +689,10 @@ def test_one_of_four_answers_is_three_choices(tmp_path: Path) -> None:
     assert set(pairs.conversation) == {"ada-talk", "bo-talk", "di-talk"}
     some, _ = community.load_community(rows, MARKED, languages={"en", "it"})
     assert some.user_ids == ("ada", "di")  # and cy, whose row is bad
+    unsaid = [marked("ed", "a") | {"lang": None}, marked("flo", "a") | {"lang": ["en"]}]
+    some, report = community.load_community([*rows[:1], *unsaid], MARKED, languages={"en", "it"})
+    assert (some.user_ids, report.n_bad, report.bad_rows[0].line) == (("ada",), 1, 3)  # one bad row, and nobody else's
+    assert "lang is ['en'] (list); expected a language" in str(report.bad_rows[0])
 
 
 def aligned(annotator: str, *turns: tuple[str, str, list[str | None]], lang: str = "en") -> Row:
@@ -653,8 +719,6 @@ def test_community_alignment_as_it_is_published(tmp_path: Path) -> None:
     with (tmp_path / "part.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, rows[0])
         writer.writeheader()
-    of_frame, _ = arena.load_arena([framed(row) for row in train], val, test, unseen=0.34)
-    assert of_frame.fingerprint() == pairs.fingerprint()
         writer.writerows(rows)
     for source in (rows, jsonl(tmp_path / "part.jsonl", rows), tmp_path / "part.csv"):
         pairs, report = community.load_community_alignment(source, languages={"en"})
@@ -671,6 +735,9 @@ def test_community_alignment_as_it_is_published(tmp_path: Path) -> None:
             "second_turn_preferred_response is 'response_d'",
         ]
     assert len(community.load_community_alignment(rows)[0]) == 9
+    odd = aligned("flo", first) | {"assigned_lang": ["en"]}
+    some, report = community.load_community_alignment([rows[0], odd], languages={"en"})
+    assert (some.user_ids, dict(report.reasons)) == (("ada",), {"wrong_type": 1})
     (tmp_path / "part.csv").write_text((tmp_path / "part.csv").read_text().replace("assigned_lang", "language"))
     with pytest.raises(DataError, match="has no column assigned_lang"):
         community.load_community_alignment(tmp_path / "part.csv")
@@ -689,10 +756,6 @@ def test_community_columns_that_cannot_be() -> None:
         community.load_community([{"asked": "?"}], numbered)
 
 
-    unsaid = [marked("ed", "a") | {"lang": None}, marked("flo", "a") | {"lang": ["en"]}]
-    some, report = community.load_community([*rows[:1], *unsaid], MARKED, languages={"en", "it"})
-    assert (some.user_ids, report.n_bad, report.bad_rows[0].line) == (("ada",), 1, 3)  # one bad row, and nobody else's
-    assert "lang is ['en'] (list); expected a language" in str(report.bad_rows[0])
 # -- Argilla
 
 
@@ -725,6 +788,8 @@ def test_argilla_rankings_in_both_forms(tmp_path: Path) -> None:
     assert [row.line for row in report.bad_rows] == [3, 5]
     assert "annotator 'fay': order.responses ranks 'response-9'" in str(report.bad_rows[0])
     assert "order has 1 responses by 2 users with 1 states" in str(report.bad_rows[1])
+    of_frame, _ = argilla_rankings([framed(row) for row in rows], "order", prompt="instruction", answers=fields)
+    assert of_frame.fingerprint() == pairs.fingerprint()
     tied, _ = argilla_rankings(rows, "order", prompt="instruction", answers=fields, ties=True)
     assert int(tied.tie.sum()) == 1
     renamed = [exported("order", [["A", "B"]])]
@@ -735,9 +800,6 @@ def test_argilla_rankings_in_both_forms(tmp_path: Path) -> None:
 def test_argilla_labels() -> None:
     labels = {"first": "response-1", "second": "response-2", "same": None}
     rows = [exported("which", ["first", "second", "same", "neither"])]
-    odd = aligned("flo", first) | {"assigned_lang": ["en"]}
-    some, report = community.load_community_alignment([rows[0], odd], languages={"en"})
-    assert (some.user_ids, dict(report.reasons)) == (("ada",), {"wrong_type": 1})
     pairs, report = argilla_labels(rows, "which", prompt="instruction", labels=labels)
     assert sides(pairs) == [("user-0", "Soup.", "Bread."), ("user-1", "Bread.", "Soup."), ("user-2", "Soup.", "Bread.")]
     assert pairs.tie.tolist() == [False, False, True]
@@ -764,6 +826,13 @@ def test_argilla_ratings_are_compared_across_records() -> None:
     assert [row.line for row in report.bad_rows] == [4, 4, 5]
     with pytest.raises(DataError, match=r"rows of a list: 0 of 2 rows are good, 2 are bad .*\n  line 1: no 'other\.responses'"):
         argilla_ratings(rows[:2], "other", prompt="instruction", answer="answer")
+    once = [rows[2], rows[2] | {"instruction": "Lunch?", "stars.responses.users": ["bo"]}, rows[4]]
+    with pytest.raises(DataError, match="2 ratings by 2 annotators, but none of them rated two answers to one prompt") as caught:
+        argilla_ratings(once, "stars", prompt="instruction", answer="answer")
+    assert "0 of 1 rows are good, 1 are bad (1 wrong_type)\n  line 3: answer is ' '" in str(caught.value)
+    alike = [exported("stars", [4]) | {"answer": answer} for answer in ("Soup.", "Bread.", "Rice.")]
+    with pytest.raises(DataError, match=r"3 ratings by 1 annotator, but all that can be compared are equal; .* ties=True"):
+        argilla_ratings(alike, "stars", prompt="instruction", answer="answer")
     tied, _ = argilla_ratings(rows, "stars", prompt="instruction", answer="answer", ties=True)
     assert sides(tied)[2] == ("user-2", "Soup.", "Bread.")
     assert bool(tied.tie[2])
@@ -795,8 +864,6 @@ def test_prepared_rows_read_back_as_they_are(tmp_path: Path, palate_command: Run
 
 def test_what_is_left_out_of_any_file_is_said(tmp_path: Path, palate_command: Run) -> None:
     good = prompts(50)
-    of_frame, _ = argilla_rankings([framed(row) for row in rows], "order", prompt="instruction", answers=fields)
-    assert of_frame.fingerprint() == pairs.fingerprint()
     files = [jsonl(tmp_path / name, [*good, good[0] | {"prompt": " "}]) for name in ("train.jsonl", "test.jsonl")]
     code, _, err = palate_command("data", "prepare", "personalllm-lore", *files, "--out", tmp_path / "rows.jsonl")
     assert code == 0
@@ -826,13 +893,6 @@ def test_every_recipe_is_prepared_by_its_name(tmp_path: Path) -> None:
     options = {
         "community": recipes.Options(columns="annotator=annotator,prompt=asked,preferred=best", answers="1=a,2=b"),
         "argilla-rankings": recipes.Options(question="order", prompt="instruction", answers="response-1,response-2"),
-    once = [rows[2], rows[2] | {"instruction": "Lunch?", "stars.responses.users": ["bo"]}, rows[4]]
-    with pytest.raises(DataError, match="2 ratings by 2 annotators, but none of them rated two answers to one prompt") as caught:
-        argilla_ratings(once, "stars", prompt="instruction", answer="answer")
-    assert "0 of 1 rows are good, 1 are bad (1 wrong_type)\n  line 3: answer is ' '" in str(caught.value)
-    alike = [exported("stars", [4]) | {"answer": answer} for answer in ("Soup.", "Bread.", "Rice.")]
-    with pytest.raises(DataError, match=r"3 ratings by 1 annotator, but all that can be compared are equal; .* ties=True"):
-        argilla_ratings(alike, "stars", prompt="instruction", answer="answer")
         "argilla-labels": recipes.Options(question="which", prompt="instruction", answers="first=response-1,x=response-2,same="),
         "argilla-ratings": recipes.Options(question="stars", prompt="instruction", answers="answer"),
     }

@@ -21,7 +21,7 @@ the longest other one, and a side of a pair is its whole text, history included.
 """
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
@@ -30,12 +30,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from palate.data.draws import of_user, python_order
-from palate.data.foreign import with_split
+from palate.data.foreign import choices_in, said_by, with_split
 from palate.data.pairs import PairSet
-from palate.data.readers import load_valid_pairs
+from palate.data.rows import Problem
 from palate.data.sources import Record, records
 from palate.data.splits import split
-from palate.data.validation import ValidationReport
+from palate.data.validation import Tally, ValidationReport
 from palate.errors import DataError
 
 Row = dict[str, Any]
@@ -69,6 +69,17 @@ LORE_PAPER = Recipe("prism-lore-paper", 2300, 2400, True, 0.5, False, 123)
 LORE_CORRECTED = Recipe("prism-lore-corrected", None, None, False, 0.2, False, 123)
 
 
+@dataclass(frozen=True, eq=False, repr=False)
+class PrismPairs(PairSet):
+    """Choices, and what the published draws were made over: every conversation that counts, also one whose rows are all bad.
+
+    Attributes:
+        talks: the conversations of each user, in the order of the file.
+    """
+
+    talks: Mapping[str, tuple[str, ...]]
+
+
 class _Turn(NamedTuple):
     asked: str
     chosen: Row
@@ -90,7 +101,7 @@ def load_prism(
     min_conversations: int = 6,
     recipe: Recipe = MRM,
     survey: "str | os.PathLike[str] | None" = None,
-) -> tuple[PairSet, ValidationReport]:
+) -> tuple[PrismPairs, ValidationReport]:
     """The choices of PRISM's `conversations.jsonl` by one of the recipes, and the report on rows that were left out.
 
     A turn counts if it has a user's words, a chosen answer and another one; users with fewer than `min_conversations` that count
@@ -104,38 +115,47 @@ def load_prism(
         survey: PRISM's `survey.jsonl`; users whose `num_completed_conversations` is 0 there are left out, as published. Without
             it nobody is left out for that.
 
+    A line that is no conversation is a bad row, as if it were not there: it neither counts nor takes part in a draw.
+
     Raises:
-        DataError: a file that is not PRISM's, with the line; nobody with enough conversations.
+        DataError: a file of which no line is PRISM's, with the first; nobody with enough conversations.
     Cost: one pass; memory is that of the file.
     """
-    absent = set() if survey is None else _without_conversations(Path(survey))
-    by_user: dict[str, list[list[Row]]] = {}
-    for user, rows in _conversations(Path(path), recipe):
-        if user not in absent and rows is not None:
-            by_user.setdefault(user, []).append(rows)
-    kept = [rows for talks in by_user.values() if len(talks) >= min_conversations for rows in talks]
+    tally = Tally(path)
+    absent = set() if survey is None else _without_conversations(Path(survey), tally)
+    by_user: dict[str, list[_Talk]] = {}
+    for talk in _conversations(Path(path), recipe, tally):
+        if talk.user not in absent and talk.counts:
+            by_user.setdefault(talk.user, []).append(talk)
+    kept = {user: talks for user, talks in by_user.items() if len(talks) >= min_conversations}
     if not kept:
         most = max(map(len, by_user.values()), default=0)
         raise DataError(
             f"{path}: none of {len(by_user)} users has {min_conversations} conversations with a choice (at most {most}); "
             "expected the whole conversations.jsonl, or lower min_conversations"
+            + (f"\n{tally.report().summary()}" if tally.bad else "")
         )
-    return load_valid_pairs([row for rows in kept for row in rows])
+    rows = [Record(talk.line, None, row) for talks in kept.values() for talk in talks for row in talk.rows]
+    pairs, report = choices_in([(rows, lambda row: [dict(row)])], (), tally)
+    names = {user: tuple(dict.fromkeys(talk.name for talk in talks)) for user, talks in kept.items()}
+    return PrismPairs(**vars(pairs), talks=names), report
 
 
 def prism_split(pairs: PairSet, recipe: Recipe = MRM, *, seed: int | None = None) -> PairSet:
     """The same choices with the recipe's split in their column: `train`, `test_seen`, `support`, `test_unseen`.
 
     Whole conversations fall on one side. For `MRM` the users and conversations are the very ones of the published scripts (seed
-    42, and one more for each repeat). LoRe's draws cannot be had again: its users were drawn without a seed in June, and what is
-    shuffled now is not stored. For its recipes the proportions are the published ones and the draws are ours.
+    42, and one more for each repeat): they are drawn among all that count, and bad rows are left out of what was drawn. LoRe's
+    draws cannot be had again: its users were drawn without a seed in June, and what is shuffled now is not stored. For its
+    recipes the proportions are the published ones and the draws are ours.
 
     Args:
-        pairs: what `load_prism` gave with the same recipe.
+        pairs: what `load_prism` gave with the same recipe. Of any other choices, those that were selected or saved included,
+            it is not known which conversations had bad rows only, and the draws are over those that are there.
         seed: by default the recipe's.
 
     Returns:
-        Users without one of the sides (all of whose conversations fall together) have no split.
+        Users without one of the sides (all of whose conversations, or good rows, fall together) have no split.
 
     Raises:
         DataError: a negative seed, choices without a conversation, or nobody with two sides.
@@ -145,21 +165,18 @@ def prism_split(pairs: PairSet, recipe: Recipe = MRM, *, seed: int | None = None
         raise DataError(f"seed is {drawn}; expected 0 or more")
     if not recipe.published_draws:
         return with_split(pairs, split(pairs, by="conversation", unseen=recipe.unseen, test=0.5, seed=drawn))
+    talks = pairs.talks if isinstance(pairs, PrismPairs) else _talks_in(pairs)
+    users = sorted(talks)
+    seen = {users[i] for i in python_order(drawn, len(users))[: len(users) // 2]}
+    learned = {user: _first_half(talks[user], of_user(drawn, user)) for user in users if len(talks[user]) > 1}
     labels = np.full(len(pairs), None, dtype=np.object_)
-    seen = set(python_order(drawn, len(pairs.user_ids))[: len(pairs.user_ids) // 2])
-    order = np.argsort(pairs.user_index, kind="stable")
-    bounds = np.searchsorted(pairs.user_index[order], np.arange(1, len(pairs.user_ids)))
-    for number, (user, own) in enumerate(zip(pairs.user_ids, np.split(order, bounds), strict=True)):
-        talks = list(dict.fromkeys(pairs.conversation[own].tolist()))  # in the order in which they come
-        if None in talks:
-            raise DataError(f"a choice of user {user!r} has no conversation; expected what load_prism gave")
-        if len(talks) < 2:
-            continue
-        shuffled = [talks[i] for i in python_order(of_user(drawn, user), len(talks))]
-        learned = set(shuffled[: len(talks) // 2])
-        names = ("train", "test_seen") if number in seen else ("support", "test_unseen")
-        for row in own:
-            labels[row] = names[0] if pairs.conversation[row] in learned else names[1]
+    sides: dict[str, set[str]] = {}
+    for row, (user, conversation) in enumerate(zip(pairs.users, pairs.conversation, strict=True)):
+        if user in learned:
+            names = ("train", "test_seen") if user in seen else ("support", "test_unseen")
+            labels[row] = names[0] if conversation in learned[user] else names[1]
+            sides.setdefault(user, set()).add(labels[row])
+    labels[[len(sides.get(user, ())) < 2 for user in pairs.users]] = None
     if not any(label is not None for label in labels):
         raise DataError(
             f"none of {len(pairs.user_ids)} users has two conversations; expected at least one to learn from and one to test"
@@ -167,41 +184,84 @@ def prism_split(pairs: PairSet, recipe: Recipe = MRM, *, seed: int | None = None
     return replace(pairs, split=labels)
 
 
-def _without_conversations(path: Path) -> set[str]:
+def _talks_in(pairs: PairSet) -> Mapping[str, tuple[str, ...]]:
+    """The conversations of each user, in the order in which they come."""
+    talks: dict[str, dict[str, None]] = {}
+    for user, conversation in zip(pairs.users, pairs.conversation, strict=True):
+        if conversation is None:
+            raise DataError(f"a choice of user {user!r} has no conversation; expected what load_prism gave")
+        talks.setdefault(user, {})[conversation] = None
+    return {user: tuple(names) for user, names in talks.items()}
+
+
+def _first_half(talks: Sequence[str], seed: int) -> set[str]:
+    """Half of the conversations, rounded down, as the scripts shuffle them."""
+    return {talks[i] for i in python_order(seed, len(talks))[: len(talks) // 2]}
+
+
+class _Talk(NamedTuple):
+    """A line of conversations.jsonl; one that counts may have no rows, and one that does not has none."""
+
+    line: int
+    user: str
+    name: str
+    counts: bool
+    rows: list[Row]
+
+
+def _without_conversations(path: Path, tally: Tally) -> set[str]:
     def absent(row: Mapping[str, Any]) -> list[str]:
-        return [] if row["num_completed_conversations"] else [row["user_id"]]
+        return [] if row["num_completed_conversations"] else [_id(row, "user_id")]
 
-    return {
-        user for found in _of_lines(path, "survey.jsonl, with user_id and num_completed_conversations", absent) for user in found
-    }
+    columns = ("user_id", "num_completed_conversations")
+    return {user for _, users in _of_lines(path, "survey.jsonl", columns, absent, tally) for user in users}
 
 
-def _conversations(path: Path, recipe: Recipe) -> Iterator[tuple[str, "list[Row] | None"]]:
-    def told(row: Mapping[str, Any]) -> tuple[str, "list[Row] | None"]:
-        user, conversation, turns = row["user_id"], row["conversation_id"], list(_turns(row["conversation_history"]))
-        if isinstance(user, list | dict):
-            raise TypeError(f"user_id is {user!r:.60}")
+def _conversations(path: Path, recipe: Recipe, tally: Tally) -> Iterator[_Talk]:
+    def told(row: Mapping[str, Any]) -> tuple[str, str, bool, list[Row]]:
+        user, name, turns = _id(row, "user_id"), _id(row, "conversation_id"), list(_turns(row["conversation_history"]))
         counts = any(recipe.max_turn is None or turn.length <= recipe.max_turn for turn in turns)
-        return user, list(_choices(user, conversation, turns, recipe)) if counts else None
+        return user, name, counts, list(_choices(user, name, turns, recipe)) if counts else []
 
-    return _of_lines(path, "conversations.jsonl, with user_id, conversation_id and conversation_history", told)
+    columns = ("user_id", "conversation_id", "conversation_history")
+    for line, found in _of_lines(path, "conversations.jsonl", columns, told, tally):
+        yield _Talk(line, *found)
 
 
-def _of_lines(path: Path, expected: str, meaning: Callable[[Mapping[str, Any]], Any]) -> Iterator[Any]:
-    def told(record: Record) -> Any:
-        if not isinstance(record.row, Mapping):
-            raise TypeError(record.problem.message if record.problem else "no object")
-        return meaning(record.row)
+def _id(row: Mapping[str, Any], column: str) -> str:
+    value = row[column]
+    if not isinstance(value, str | int):
+        raise TypeError(f"{column} is {value!r:.60}")
+    return str(value)
 
-    for record in records(path, "jsonl"):
+
+def _of_lines(
+    path: Path, name: str, columns: Sequence[str], meaning: Callable[[Mapping[str, Any]], Any], tally: Tally
+) -> Iterator[tuple[int, Any]]:
+    """(line, what it means) of every line of PRISM's file of that name that means something; the others go into the tally.
+
+    Raises `DataError` with the first line where none does.
+    """
+    expected, first, good = ", ".join(columns), "", False
+
+    def told(row: Mapping[str, Any]) -> Any:
+        try:
+            return meaning(row)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise DataError(f"{error!r}; expected {expected}, as PRISM has them") from error
+
+    for record in records(path, "jsonl", columns):
         if record.blank:
             continue
-        try:
-            yield told(record)
-        except (KeyError, TypeError, AttributeError) as error:
-            raise DataError(
-                f"{path}, line {record.line}: {error!r}; expected PRISM's {expected} in each line (get the file again)"
-            ) from error
+        found = said_by(record, told)
+        if isinstance(found, Problem):
+            first = first or f"{path}, line {record.line}: {found.message}"
+            tally.add(record, [], [found._replace(message=f"{name}: {found.message}")])
+        else:
+            good = True
+            yield record.line, found
+    if first and not good:
+        raise DataError(f"{first}; expected PRISM's {name}, with {expected} in each line (get the file again)")
 
 
 def _turns(history: list[Row]) -> Iterator[_Turn]:

@@ -11,16 +11,17 @@ no subreddit, no instruction). Three preparations are published, and figures on 
 | tested on | all of `validation` | all of the other half | all of `validation` |
 
 In each of them half of the workers are seen, 150 comparisons (or 100) of a seen worker are learned from, and 50 of an unseen one.
+A row that is no comparison is a bad row, as if it were not there; what else is bad is left out after the draws.
 """
 
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from palate.data.draws import of_user, python_order
-from palate.data.foreign import Source, choices_in, records_of
+from palate.data.foreign import Source, choices_in, records_of, said_by
 from palate.data.pairs import PairSet
 from palate.data.rows import Problem, Reason
-from palate.data.validation import ValidationReport
+from palate.data.validation import Tally, ValidationReport
 from palate.errors import DataError
 
 Row = dict[str, Any]
@@ -44,11 +45,13 @@ def load_tldr(
             one; None for all.
 
     Raises:
-        DataError: a row of another shape, with its number; no worker in both parts; a limit below 1, a negative seed.
+        DataError: a part of which no row is a comparison, with the first; no worker in both parts; a limit below 1, a negative
+            seed.
     Cost: one pass and a copy of the texts.
     """
     _check(seed, seen_limit, unseen_limit)
-    return _split(*_in_both(train, validation), seen_limit, unseen_limit, seed)
+    tally = Tally(train)
+    return _split(*_in_both(train, validation, tally), seen_limit, unseen_limit, seed, tally)
 
 
 def load_tldr_lore(
@@ -63,11 +66,12 @@ def load_tldr_lore(
     Arguments, errors and cost as of `load_tldr`; besides, `DataError` where there are not four workers.
     """
     _check(seed, seen_limit, unseen_limit)
-    pools, tests = _in_both(train, validation)
+    tally = Tally(train)
+    pools, tests = _in_both(train, validation, tally)
     if len(pools) < 4:
         raise DataError(f"{len(pools)} workers are in both parts; expected at least 4, of whom the two smallest are left out")
     kept = sorted(pools, key=lambda worker: (-len(pools[worker]), worker))[:-2]
-    return _split({w: pools[w] for w in kept}, {w: tests[w] for w in kept}, seen_limit, unseen_limit, seed)
+    return _split({w: pools[w] for w in kept}, {w: tests[w] for w in kept}, seen_limit, unseen_limit, seed, tally)
 
 
 def load_tldr_paper(
@@ -89,10 +93,12 @@ def load_tldr_paper(
         seen_limit, unseen_limit: as of `load_tldr`.
 
     Raises:
-        DataError: a row of another shape, with its number; no worker with enough; a limit below 1, a negative seed.
+        DataError: a part of which no row is a comparison, with the first; no worker with enough; a limit below 1, a negative
+            seed.
     """
     _check(seed, seen_limit, unseen_limit, min_annotations)
-    everything = _of_worker(*((f"part {i}", part) for i, part in enumerate(parts, start=1)))
+    tally = Tally(parts[0] if parts else ())
+    everything = _of_worker(tally, *((f"part {i}", part) for i, part in enumerate(parts, start=1)))
     kept = {worker: rows for worker, rows in everything.items() if len(rows) >= max(min_annotations, 2)}
     if not kept:
         most = max(map(len, everything.values()), default=0)
@@ -108,7 +114,7 @@ def load_tldr_paper(
         half = len(order) // 2
         pools[worker] = [kept[worker][i] for i in sorted(order[:half])]
         tests[worker] = [kept[worker][i] for i in sorted(order[half:])]
-    return _split(pools, tests, seen_limit, unseen_limit, seed)
+    return _split(pools, tests, seen_limit, unseen_limit, seed, tally)
 
 
 def _check(seed: int, seen_limit: int | None, unseen_limit: int | None, min_annotations: int = 1) -> None:
@@ -119,8 +125,8 @@ def _check(seed: int, seen_limit: int | None, unseen_limit: int | None, min_anno
         raise DataError(f"min_annotations is {min_annotations}; expected at least 1")
 
 
-def _in_both(train: Source, validation: Source) -> tuple[dict[str, list[Row]], dict[str, list[Row]]]:
-    pools, tests = _of_worker(("train", train)), _of_worker(("validation", validation))
+def _in_both(train: Source, validation: Source, tally: Tally) -> tuple[dict[str, list[Row]], dict[str, list[Row]]]:
+    pools, tests = _of_worker(tally, ("train", train)), _of_worker(tally, ("validation", validation))
     workers = sorted(pools.keys() & tests.keys())
     if not workers:
         raise DataError(f"no worker is in both parts (train has {len(pools)} workers, validation {len(tests)})")
@@ -133,6 +139,7 @@ def _split(
     seen_limit: int | None,
     unseen_limit: int | None,
     seed: int,
+    tally: Tally,
 ) -> tuple[PairSet, ValidationReport]:
     """Half of the workers, rounded down, are seen; of each pool a random part within the limit is learned from."""
     workers = sorted(pools)
@@ -144,7 +151,7 @@ def _split(
         drawn = python_order(of_user(seed, worker), len(pool))[:limit]
         for name, chosen in zip(names, ([pool[i] for i in sorted(drawn)], tested), strict=True):
             rows += [row | {"split": name} for row in chosen]
-    return choices_in([(rows, _with_post)], ())
+    return choices_in([(rows, _with_post)], (), tally)
 
 
 def _with_post(row: Mapping[str, Any]) -> Iterator[Row | Problem]:
@@ -156,30 +163,40 @@ def _with_post(row: Mapping[str, Any]) -> Iterator[Row | Problem]:
         yield dict(row)
 
 
-def _of_worker(*parts: tuple[str, Source]) -> dict[str, list[Row]]:
+def _of_worker(tally: Tally, *parts: tuple[str, Source]) -> dict[str, list[Row]]:
     of_worker: dict[str, list[Row]] = {}
     for name, source in parts:
-        for row in _rows(name, source):
+        for row in _rows(name, source, tally):
             of_worker.setdefault(row["user_id"], []).append(row)
     return of_worker
 
 
-def _rows(part: str, source: Source) -> Iterator[Row]:
+def _rows(part: str, source: Source, tally: Tally) -> Iterator[Row]:
+    """The comparisons; what is none goes into the tally. Raises `DataError` with the first row where none is one."""
+    first, good = "", False
     for number, record in enumerate(records_of(source, _COLUMNS)):
         if record.blank:
             continue
-        row: Any = record.row
-        try:
-            if not isinstance(row, Mapping):
-                raise TypeError(record.problem.message if record.problem else "no object")
-            summaries, choice = [one["text"] for one in row["summaries"]], row["choice"]
-            if len(summaries) != 2 or choice not in (0, 1):
-                raise TypeError(f"{len(summaries)} summaries and choice {choice!r}")
-            sides = {"chosen": summaries[choice], "rejected": summaries[1 - choice]}
-            if not isinstance(row["worker"], str):
-                raise TypeError(f"worker {row['worker']!r:.60}")
-            yield {"user_id": row["worker"], "prompt": row["info"]["post"], **sides, "conversation_id": f"{part} {number}"}
-        except (KeyError, TypeError) as error:
-            raise DataError(
-                f"{part} row {number}: {error!r}; expected info.post, two summaries with text, choice 0 or 1, and worker (a text)"
-            ) from error
+        found = said_by(record, _comparison)
+        if isinstance(found, Problem):
+            first = first or f"{part} row {number}: {found.message}"
+            tally.add(record, [], [found._replace(message=f"{part}: {found.message}")])
+        else:
+            good = True
+            yield found | {"conversation_id": f"{part} {number}"}
+    if first and not good:
+        raise DataError(first)
+
+
+def _comparison(row: Mapping[str, Any]) -> Row:
+    try:
+        summaries, choice, worker = [one["text"] for one in row["summaries"]], row["choice"], row["worker"]
+        if len(summaries) != 2 or isinstance(choice, float) or choice not in (0, 1):
+            raise TypeError(f"{len(summaries)} summaries and choice {choice!r}")
+        if not isinstance(worker, str):
+            raise TypeError(f"worker {worker!r:.60}")
+        sides = {"chosen": summaries[choice], "rejected": summaries[1 - choice]}
+        return {"user_id": worker, "prompt": row["info"]["post"], **sides}
+    except (KeyError, TypeError) as error:
+        message = f"{error!r}; expected info.post, two summaries with text, choice 0 or 1, and worker (a text)"
+        raise DataError(message) from error
