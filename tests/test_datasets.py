@@ -756,6 +756,13 @@ def test_community_columns_that_cannot_be() -> None:
         community.load_community([{"asked": "?"}], numbered)
 
 
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.csv", "rows.parquet"])
+def test_an_empty_file_is_told_the_columns_of_its_loader(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).touch()
+    with pytest.raises(DataError, match=rf"{name} is empty; expected rows with annotator, asked, a, b, c, d, best, id, lang"):
+        community.load_community(tmp_path / name, MARKED)
+
+
 # -- Argilla
 
 

@@ -16,7 +16,7 @@ import numpy as np
 from palate.data.pairs import Choice, PairSet
 from palate.data.readers import some
 from palate.data.rows import Problem, Reason, Repeats, check_row
-from palate.data.sources import Record, csv_records, file_format, parquet_records, records, rows_in_memory
+from palate.data.sources import Record, csv_records, file_format, records, rows_in_memory
 from palate.data.splits import SIDES, Split
 from palate.data.validation import Tally, ValidationReport
 from palate.errors import DataError
@@ -40,10 +40,8 @@ def records_of(source: Source, required: Sequence[str]) -> Iterator[Record]:
     kind = file_format(path)
     if kind == "polis":
         raise DataError(f"{path} is the folder of a Polis export; expected a file of {', '.join(required)}")
-    if kind == "parquet":
-        return parquet_records(path, required)
-    if kind == "csv":
-        return csv_records(path, required)
+    if kind == "csv" and path.stat().st_size:
+        return csv_records(path, required)  # every cell as text, where `records` reads the numbers of our own columns
     return records(path, kind, required)
 
 
