@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from palate.data.embeddings import OneHot
-from palate.data.leaks import MAX_FORMAT_ACCURACY, LeakReport, check_leaks
+from palate.data.leaks import MAX_FORMAT_ACCURACY, LeakReport, check_conversations, check_leaks
 from palate.data.pairs import Choice, EmbeddedPairs, PairSet
 from palate.data.readers import load_pairs, load_valid_pairs
 from palate.data.splits import SIDES, By, Split, given_split, holdout_users, nested_shots, split
@@ -349,6 +349,17 @@ def test_the_same_unit_on_both_sides() -> None:
         with pytest.raises(LeakError, match=f"a user's {by} is learnt from and tested on: rows 0 and 1 "):
             check_leaks(pairs, leaking, by=by)
     assert check_leaks(pairs, leaking, by="pair").by == "pair"
+
+
+def test_the_same_conversation_on_both_sides_under_two_prompts() -> None:
+    rows = [Choice("u", f"p{i}", "a", "b", conversation_id="k" if i in (0, 2, 4) else None) for i in range(4)]
+    pairs = PairSet.from_choices([*rows, Choice("v", "p4", "a", "b", conversation_id="k")])
+    base = split(PairSet.from_choices(choices(0)), by="pair")
+    cut = with_sides(base, train=[0, 1], test_seen=[2, 3], support=[], test_unseen=[4])  # another user's "k" is another one
+    assert check_leaks(pairs, cut, by="prompt").by == "prompt"
+    with pytest.raises(LeakError, match=r"a user's conversation is learnt from and tested on: rows 0 and 2 \(1 tested rows"):
+        check_conversations(pairs, cut)
+    check_conversations(pairs, with_sides(base, train=[0, 1, 2], test_seen=[3], support=[], test_unseen=[4]))
 
 
 def test_identical_texts() -> None:

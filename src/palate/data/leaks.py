@@ -147,6 +147,22 @@ def _probe(pairs: PairSet, rows: Ints, believe_format: bool) -> LeakReport:
     return LeakReport("", found, accuracy(bucket), n)
 
 
+def check_conversations(pairs: PairSet, split: Split) -> None:
+    """Refuse a user's conversation on the side learnt from and on the side tested on, of the choices that name one.
+
+    `check_leaks` by 'prompt' does not see it: each turn of a dialogue is a prompt of its own, and quotes the answers before it.
+
+    Raises `LeakError`, which names rows. O(P log P).
+    """
+    named = np.array([name is not None for name in pairs.conversation], dtype=np.bool_)
+    label = np.unique(pairs.conversation.astype(str), return_inverse=True)[1].astype(np.int64)
+    sides = (split.train, split.support), (split.test_seen, split.test_unseen)
+    learnt, tested = (rows[named[rows]] for rows in map(np.concatenate, sides))
+    found = _both(np.asarray(pairs.user_index), label, learnt, tested)
+    advice = "put conversations on one side whole, with a conversation_id in every row; or say by what else to split"
+    _refuse(found, "a user's conversation is learnt from and tested on", advice)
+
+
 def check_leaks(pairs: Pairs, split: Split, *, by: By, believe_format: bool = False) -> LeakReport:
     """What the checks measured, if they found no leak.
 
