@@ -117,7 +117,7 @@ def _cases(name: str, path: Path, out: Path) -> Iterator[Case]:
                 pairs,
                 features,
                 models,
-                by=recipe.by,
+                by=recipe.unit(pairs),
                 seeds=[seed],
                 shots=SHOTS,
                 max_support=recipe.max_support,

@@ -100,7 +100,7 @@ def polis(seed: int, folder: Path, out: Path) -> World:
     recipe = RECIPES["polis"]
     pairs = recipe.keep(load_valid_pairs(folder)[0])
     data = encoder("items", out / "tables").embed(pairs)
-    parts = split(pairs, by=recipe.by, max_support=recipe.max_support, max_test=recipe.max_test, seed=seed)
+    parts = split(pairs, by=recipe.unit(pairs), max_support=recipe.max_support, max_test=recipe.max_test, seed=seed)
     train, support, test = (data[torch.from_numpy(rows)] for rows in (parts.train, parts.support, parts.test_unseen))
     return World(train, support, test, np.full(len(test), np.inf))
 

@@ -29,9 +29,10 @@ from benchmarks.accuracy import say
 from palate.bench.protocols import Texts, source
 from palate.cache_cli import encoder
 from palate.data.pairs import Prompt
-from palate.data.splits import SIDES, split
+from palate.data.splits import SIDES
 from palate.errors import DataError
 from palate.evaluation import Evaluation
+from palate.evaluation.comparison import drawn
 from palate.evaluation.facts import Failure
 from palate.report import write_report
 
@@ -67,7 +68,7 @@ def turns(prompt: Prompt) -> "str | list[dict[str, str]]":
 def write_rows(data: Texts, seed: int, users: int, most: int, path: Path) -> None:
     """Rows of one seed: everything that is learned from, and at most `most` choices of each of `users` unseen users."""
     pairs = data.pairs
-    parts = split(pairs, by=data.recipe.by, max_support=SUPPORT, max_test=most, seed=seed)
+    parts = drawn(pairs, by=data.by, max_support=SUPPORT, max_test=most, seed=seed)
     unseen = sorted(set(pairs.users[parts.test_unseen].tolist()))
     asked = set(np.random.default_rng(seed).permutation(unseen)[:users].tolist())
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -84,7 +85,8 @@ def write_rows(data: Texts, seed: int, users: int, most: int, path: Path) -> Non
                     for one in (first, second)
                 )
                 line = {"user_id": user, "prompt": prompt, "chosen": chosen, "rejected": rejected, "split": side}
-                out.write(json.dumps(line | {"tie": bool(pairs.tie[row])}) + "\n")
+                line |= {"tie": bool(pairs.tie[row]), "conversation_id": pairs.conversation[row]}
+                out.write(json.dumps(line) + "\n")
 
 
 def palate(*words: str) -> int:
@@ -100,7 +102,7 @@ def run(data: Texts, seed: int, asked: argparse.Namespace, url: str, model: str)
         write_rows(data, seed, asked.users, asked.choices, rows)
     codes, compared = dict[str, int](), folder / "models"
     if not (compared / "results.jsonl").exists():
-        unit = ("--split-by", data.recipe.by)
+        unit = ("--split-by", data.by)
         once = ("--seeds", "1", "--encoder", data.encoder.spec, "--out", str(compared))
         codes["models"] = palate("compare", str(rows), "--methods", MODELS, *unit, *once)
     for method in asked.judges.split(","):

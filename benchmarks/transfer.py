@@ -51,7 +51,7 @@ class Set:
 
     def split(self, seed: int) -> Split:
         recipe = RECIPES[self.name]
-        return split(self.pairs, by=recipe.by, max_support=recipe.max_support, max_test=recipe.max_test, seed=seed)
+        return split(self.pairs, by=recipe.unit(self.pairs), max_support=recipe.max_support, max_test=recipe.max_test, seed=seed)
 
 
 def read(name: str, path: Path, spec: str, out: Path, users: int | None) -> Set:
@@ -59,7 +59,7 @@ def read(name: str, path: Path, spec: str, out: Path, users: int | None) -> Set:
     pairs = RECIPES[name].keep(load_valid_pairs(path)[0])
     if users is not None:
         pairs = pairs[pairs.user_index < users]
-    embedded = encoder(spec, out / "tables").embed(pairs, unit=unit_labels(pairs, RECIPES[name].by))
+    embedded = encoder(spec, out / "tables").embed(pairs, unit=unit_labels(pairs, RECIPES[name].unit(pairs)))
     # A debate of ConvArg is "topic — side"; both sides belong to one topic.
     prompts = [str(pairs.texts[row].prompt).rpartition(" — ")[0] for row in pairs.chosen]
     return Set(name, pairs, embedded, np.asarray(prompts))

@@ -55,7 +55,8 @@ class Plan:
         }
         for what, names in parts.items():
             if not names or len(set(names)) < len(names):
-                raise DataError(f"the {what} are {names}; expected at least one, each once")
+                advice = "; ,name=LABEL behind rows=FILE makes a name" if what == "data sets" and names else ""
+                raise DataError(f"the {what} are {names}; expected at least one, each once{advice}")
         if min(self.seeds) < 0 or any(n is not None and n < 0 for n in self.shots):
             raise DataError(f"seeds are {tuple(self.seeds)} and shots {self.shots}; expected whole numbers of 0 or more")
         if None not in self.shots:

@@ -4,13 +4,14 @@
 |---|---|---|---|---|
 | polis | 20 votes, 4 of either kind | statements | 40 + 40 pairs | items |
 | convarg | 20 strict choices | pairs, ties left out | 60 + 100 pairs | minilm |
-| prism | 4 prompts | prompts, ties left out | | minilm+style |
+| prism | 4 prompts | dialogues, else prompts, ties left out | | minilm+style |
+| rows | 3 choices to learn from | as `palate compare` | by item 40 + 40 pairs | minilm+style |
 | attributes | 84, of whom 24 unseen | 40 answers learnt from, 200 pairs tested on | | vectors |
 | personalllm | 200 + 200 Dirichlet mixtures of ten scorers | 45 or 9 prompts, 200 tested on | | vectors |
 | two-groups, one-crowd | 200 + 200 | 30 + 50 pairs | | vectors |
 
-Half of the users of the first three are unseen. The others are drawn anew for every seed. `palate.bench.known` says what is known
-of their users beside choices.
+Half of the users of the first four are unseen. The others are drawn anew for every seed. Rows with a `split` column are split as
+it says, whatever the recipe, and alike under every seed. `palate.bench.known` says what is known of users beside choices.
 """
 
 import hashlib
@@ -29,13 +30,15 @@ from numpy.typing import NDArray
 
 from palate.bench import known
 from palate.data.attributes import attributes, judged
-from palate.data.leaks import check_leaks
+from palate.data.leaks import check_conversations, check_leaks
 from palate.data.pairs import EmbeddedPairs, PairSet
 from palate.data.planted import Planted, one_crowd, simplex_types, two_groups
 from palate.data.readers import load_valid_pairs
-from palate.data.splits import SIDES, By, Split, split, unit_labels
+from palate.data.splits import SIDES, By, Split, given_split, unit_labels
 from palate.encoders import Encoder
+from palate.encoders.base import usual_unit
 from palate.errors import DataError
+from palate.evaluation.comparison import drawn, is_given
 from palate.models.attribute_prior import Table
 
 ANSWERS = 40  # of an unseen attribute user: what the published experiments ask for at most
@@ -76,13 +79,19 @@ class Source(Protocol):
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a published data set is prepared: whose choices count, what a user's two sides must not share, and how many pairs."""
+    """How data are prepared whose rows have no `split` column: whose choices count, what a user's two sides must not share (or a
+    function that tells it from the choices), and how many pairs."""
 
     keep: Callable[[PairSet], PairSet]
-    by: By
+    by: By | Callable[[PairSet], By]
     max_support: int | None
     max_test: int | None
     encoder: str  # unless told
+    min_support: int = 1
+
+    def unit(self, pairs: PairSet) -> By:
+        """What the two sides of a user must not share in these choices."""
+        return self.by if isinstance(self.by, str) else self.by(pairs)
 
 
 def of_busy_users(pairs: PairSet, least: int, label: NDArray[np.int64] | None = None) -> PairSet:
@@ -102,20 +111,38 @@ def _strict_by_prompt(pairs: PairSet, least: int) -> PairSet:
     return of_busy_users(strict, least, strict.prompt_index)
 
 
+def _dialogue(pairs: PairSet) -> By:
+    """A turn's prompt quotes the answers that were chosen before it, so turns of one dialogue must not be on two sides."""
+    return "prompt" if any(name is None for name in pairs.conversation) else "conversation"
+
+
+def _of_any_rows(by: By | None, pairs: PairSet) -> Recipe:
+    """What `palate compare` does with choices of which nothing more is known."""
+    most = 40 if (by or usual_unit(pairs)) == "item" else None
+    return Recipe(lambda pairs: pairs, by or usual_unit, most, most, "minilm+style", min_support=3)
+
+
 RECIPES: Mapping[str, Recipe] = {
     "polis": Recipe(lambda pairs: pairs, "item", 40, 40, "items"),
     "convarg": Recipe(partial(_strict, least=20), "pair", 60, 100, "minilm"),
-    "prism": Recipe(partial(_strict_by_prompt, least=4), "prompt", None, None, "minilm+style"),
+    "prism": Recipe(partial(_strict_by_prompt, least=4), _dialogue, None, None, "minilm+style"),
 }
 
 
 class Texts:
-    """Choices in text, prepared by a recipe and embedded once."""
+    """Choices in text, prepared by a recipe, or as their own `split` column says, and embedded once.
+
+    Raises `DataError` for a split column that cannot be used, and where there are too few users.
+    """
 
     def __init__(self, name: str, pairs: PairSet, recipe: Recipe, encoder: Encoder, people: Table | None = None):
-        self.name, self.pairs, self.recipe, self.encoder = name, recipe.keep(pairs), recipe, encoder
+        self.name, self.recipe, self.encoder, self.given = name, recipe, encoder, is_given(pairs)
+        self.pairs = pairs if self.given else recipe.keep(pairs)
         if not len(self.pairs):
             raise DataError(f"{name}: none of the users has enough choices for the benchmark; docs/bench.md says what it takes")
+        if len((self._on_sides() if self.given else self.pairs).user_ids) < 2:
+            raise self._alone()
+        self.by = recipe.unit(self.pairs)
         self.people = people
         self._embedded: dict[bool, EmbeddedPairs] = {}
 
@@ -125,18 +152,39 @@ class Texts:
 
     @cached_property
     def origin(self) -> str:
-        recipe = (self.recipe.by, self.recipe.max_support, self.recipe.max_test)
-        return hashlib.sha256(f"{self.pairs.fingerprint()} {recipe} {self.encoder.fingerprint}".encode()).hexdigest()[:32]
+        recipe = (self.by, self.recipe.max_support, self.recipe.max_test)
+        told = f"{self.pairs.fingerprint()} {recipe} {self.encoder.fingerprint}"
+        # The fingerprint of choices has neither their split nor their conversations.
+        told += f" {self.pairs.split.tolist()}" if self.given else ""
+        told += f" {self.pairs.conversation.tolist()}" if self.by == "conversation" else ""
+        return hashlib.sha256(told.encode()).hexdigest()[:32]
 
     def draw(self, seed: int, *, prompts: bool = False) -> Draw:
         recipe = self.recipe
+        # A split that is given has said who is tested, and on how much.
+        most, tests, least = (None, None, 1) if self.given else (recipe.max_support, recipe.max_test, recipe.min_support)
+        parts = drawn(self.pairs, by=self.by, max_support=most, max_test=tests, min_support=least, seed=seed)
+        if not self.given and not len(parts.test_unseen):
+            raise self._alone(f" with enough choices on both sides, split by {self.by}")
+        check_leaks(self.pairs, parts, by=self.by)
+        if callable(recipe.by):  # nobody said by what: dialogues stay whole, also those of some of the choices only
+            check_conversations(self.pairs, parts)
         if prompts not in self._embedded:
             # With items the unit that fits hold out is the pair, as in `palate.compare`.
-            unit = unit_labels(self.pairs, "pair" if recipe.by == "item" else recipe.by)
+            unit = unit_labels(self.pairs, "pair" if self.by == "item" else self.by)
             self._embedded[prompts] = self.encoder.embed(self.pairs, unit=unit, prompts=prompts)
-        parts = split(self.pairs, by=recipe.by, max_support=recipe.max_support, max_test=recipe.max_test, seed=seed)
-        check_leaks(self.pairs, parts, by=recipe.by)
         return only(self._embedded[prompts], parts)
+
+    def _on_sides(self) -> PairSet:
+        """The choices that the split column puts on a side."""
+        parts = given_split(self.pairs)
+        if not len(parts.train) or not len(parts.test_seen) + len(parts.test_unseen):
+            sizes = ", ".join(f"{side} {len(getattr(parts, side))}" for side in SIDES)
+            raise DataError(f"{self.name}: the split column has {sizes}; expected train, and test_seen or test_unseen")
+        return self.pairs[np.concatenate([getattr(parts, side) for side in SIDES])]
+
+    def _alone(self, how: str = "") -> DataError:
+        return DataError(f"{self.name}: 1 user{how}; at least 2 are needed so that one is unseen")
 
     def attributes(self, seed: int) -> Table | None:
         return self.people
@@ -234,17 +282,21 @@ WORLDS: Mapping[str, World] = {
     ),
     "one-crowd": World("one crowd", lambda seed: one_table(one_crowd(seed), 2)),
 }
-_KNOWN = ", ".join([*(f"{name}=PATH" for name in RECIPES), *WORLDS, "personalllm:alpha=A"])
+_KNOWN = ", ".join([*(f"{name}=PATH" for name in (*RECIPES, "rows")), *WORLDS, "personalllm:alpha=A"])
+_UNITS: tuple[By, ...] = ("conversation", "prompt", "item", "pair")
 
 
 def source(text: str, encoder: Callable[[str], Encoder]) -> Source:
     """The data set that a text names: `polis=FOLDER`, `prism=ROWS,encoder=minilm+style`, `attributes`, `personalllm:alpha=.01`.
 
-    Behind a path `,attributes=FILE` names what is known of the people (`known.of_file`). `encoder` makes the encoder that a spec
-    names. Reading a file takes seconds; nothing is embedded before the first draw.
+    `rows=FILE` is any file of choices, such as `palate data prepare` writes. Behind it `,name=LABEL` replaces its own, and
+    `,by=UNIT` says what a user's two sides must not share (else `usual_unit`). Behind any path `,attributes=FILE` names what is
+    known of the people (`known.of_file`). `encoder` makes the encoder that a spec names. Reading a file takes seconds; nothing is
+    embedded before the first draw.
 
     Raises:
-        DataError: a name that is not known, a file without choices, or attributes of nobody in it.
+        DataError: a name that is not known, a file without choices or with those of one user, a split column that cannot be
+            used, or attributes of nobody in it.
         OSError: a file cannot be read.
     """
     name, given, rest = text.partition("=")
@@ -253,16 +305,23 @@ def source(text: str, encoder: Callable[[str], Encoder]) -> Source:
     if name == "personalllm:alpha":
         alpha = _number(rest, text)
         return World(f"personalllm, alpha {alpha:g}", lambda seed: one_table(personalllm(alpha, seed), 8))
-    path, *behind = re.split(",(encoder|attributes)=", rest)
+    path, *behind = re.split(",(encoder|attributes|by|name)=", rest)
     told = dict(zip(behind[::2], behind[1::2], strict=True))
-    if name not in RECIPES or not given or not path or not all(told.values()):
+    any_rows = name == "rows"
+    wrong = not given or not path or not all(told.values()) or 2 * len(told) < len(behind)
+    if wrong or name not in (*RECIPES, "rows") or (not any_rows and told.keys() & {"by", "name"}):
         raise DataError(
-            f"--data is {text!r}; expected one of {_KNOWN}, a PATH with ,encoder=SPEC and ,attributes=FILE behind it as you wish"
+            f"--data is {text!r}; expected one of {_KNOWN}, PATH with ,encoder=SPEC and ,attributes=FILE behind it as you wish, "
+            "and with ,by=UNIT and ,name=LABEL behind that of rows"
         )
-    recipe = RECIPES[name]
+    by = next((unit for unit in _UNITS if unit == told.get("by")), None)
+    if "by" in told and by is None:
+        raise DataError(f"--data is {text!r}, with by {told['by']!r}; expected one of {', '.join(_UNITS)}")
     pairs = load_valid_pairs(Path(path))[0]
+    recipe = _of_any_rows(by, pairs) if any_rows else RECIPES[name]
     people = known.of_file(Path(told["attributes"]), pairs.user_ids) if "attributes" in told else None
-    return Texts(name, pairs, recipe, encoder(told.get("encoder", recipe.encoder)), people)
+    label = told.get("name", Path(path).resolve().name) if any_rows else name
+    return Texts(label, pairs, recipe, encoder(told.get("encoder", recipe.encoder)), people)
 
 
 def _number(given: str, text: str) -> float:
