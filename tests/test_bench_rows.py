@@ -347,3 +347,16 @@ def test_one_user_is_refused(argilla: Path, command: Callable[..., Any], tmp_pat
             raise done.exception
     assert isinstance(palate.load_pairs(path), PairSet)
     assert not (tmp_path / "out" / "cells").exists()
+
+
+def test_bad_rows_are_left_out_with_a_word(argilla: Path, tmp_path: Path) -> None:
+    rows = read(argilla)
+    path = jsonl(tmp_path / "some.jsonl", [*rows, {"user_id": "user3"}, rows[0] | {"chosen": ""}])
+    told: list[str] = []
+    found = protocols.source(f"rows={path},encoder=style", palate.load_encoder, told.append)
+    assert isinstance(found, Texts)
+    assert len(found.pairs) == len(rows)
+    assert len(told) == 1
+    assert f"{len(rows)} of {len(rows) + 2} rows are good, 2 are bad" in told[0]
+    protocols.source(f"rows={argilla},encoder=style", palate.load_encoder, told.append)
+    assert len(told) == 1

@@ -131,7 +131,7 @@ def _plan(settings: Mapping[str, Any], cache: Path | None, no_cache: bool) -> "P
     sources = []
     for text in texts:
         with terminal.progress(f"Reading {text}"):
-            sources.append(source(text, lambda spec: cache_cli.encoder(spec, cache, no_cache)))
+            sources.append(source(text, lambda spec: cache_cli.encoder(spec, cache, no_cache), terminal.note))
     return Plan(sources, models, numbers, listed, tried)
 
 

@@ -286,13 +286,13 @@ _KNOWN = ", ".join([*(f"{name}=PATH" for name in (*RECIPES, "rows")), *WORLDS, "
 _UNITS: tuple[By, ...] = ("conversation", "prompt", "item", "pair")
 
 
-def source(text: str, encoder: Callable[[str], Encoder]) -> Source:
+def source(text: str, encoder: Callable[[str], Encoder], say: Callable[[str], None] | None = None) -> Source:
     """The data set that a text names: `polis=FOLDER`, `prism=ROWS,encoder=minilm+style`, `attributes`, `personalllm:alpha=.01`.
 
     `rows=FILE` is any file of choices, such as `palate data prepare` writes. Behind it `,name=LABEL` replaces its own, and
     `,by=UNIT` says what a user's two sides must not share (else `usual_unit`). Behind any path `,attributes=FILE` names what is
-    known of the people (`known.of_file`). `encoder` makes the encoder that a spec names. Reading a file takes seconds; nothing is
-    embedded before the first draw.
+    known of the people (`known.of_file`). `encoder` makes the encoder that a spec names; `say` is told how many rows are bad,
+    where some are. Reading a file takes seconds; nothing is embedded before the first draw.
 
     Raises:
         DataError: a name that is not known, a file without choices or with those of one user, a split column that cannot be
@@ -317,7 +317,9 @@ def source(text: str, encoder: Callable[[str], Encoder]) -> Source:
     by = next((unit for unit in _UNITS if unit == told.get("by")), None)
     if "by" in told and by is None:
         raise DataError(f"--data is {text!r}, with by {told['by']!r}; expected one of {', '.join(_UNITS)}")
-    pairs = load_valid_pairs(Path(path))[0]
+    pairs, report = load_valid_pairs(Path(path))
+    if say is not None and report.n_bad:
+        say(f"{report.summary(most=0)}; these are left out, and palate validate shows them")
     recipe = _of_any_rows(by, pairs) if any_rows else RECIPES[name]
     people = known.of_file(Path(told["attributes"]), pairs.user_ids) if "attributes" in told else None
     label = told.get("name", Path(path).resolve().name) if any_rows else name
