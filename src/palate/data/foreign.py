@@ -59,6 +59,34 @@ def said_by(record: Record, meaning: Callable[[Mapping[str, Any]], Any]) -> Any:
         return Problem(Reason.WRONG_TYPE, str(error))
 
 
+def meant_by(
+    numbered: Iterable[tuple[int, Record]],
+    meaning: Callable[[Mapping[str, Any]], Any],
+    tally: Tally,
+    *,
+    name: str,
+    place: str,
+    advice: str = "",
+) -> Iterator[tuple[int, Any]]:
+    """(number, what it means) of every record that means something; the others go into the tally, as if they were not there.
+
+    Raises `DataError` with the first of them where none does: `place` and its number, what is wrong, and the advice.
+    """
+    first, good = "", False
+    for number, record in numbered:
+        if record.blank:
+            continue
+        found = said_by(record, meaning)
+        if isinstance(found, Problem):
+            first = first or f"{place} {number}: {found.message}{advice}"
+            tally.add(record, [], [found._replace(message=f"{name}: {found.message}")])
+        else:
+            good = True
+            yield number, found
+    if first and not good:
+        raise DataError(first)
+
+
 def choices_in(
     parts: Sequence[tuple[Source, Meaning]], required: Sequence[str], tally: Tally | None = None
 ) -> tuple[PairSet, ValidationReport]:

@@ -30,9 +30,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from palate.data.draws import of_user, python_order
-from palate.data.foreign import choices_in, said_by, with_split
+from palate.data.foreign import choices_in, meant_by, with_split
 from palate.data.pairs import PairSet
-from palate.data.rows import Problem
 from palate.data.sources import Record, records
 from palate.data.splits import split
 from palate.data.validation import Tally, ValidationReport
@@ -242,7 +241,7 @@ def _of_lines(
 
     Raises `DataError` with the first line where none does.
     """
-    expected, first, good = ", ".join(columns), "", False
+    expected = ", ".join(columns)
 
     def told(row: Mapping[str, Any]) -> Any:
         try:
@@ -250,18 +249,9 @@ def _of_lines(
         except (KeyError, TypeError, AttributeError) as error:
             raise DataError(f"{error!r}; expected {expected}, as PRISM has them") from error
 
-    for record in records(path, "jsonl", columns):
-        if record.blank:
-            continue
-        found = said_by(record, told)
-        if isinstance(found, Problem):
-            first = first or f"{path}, line {record.line}: {found.message}"
-            tally.add(record, [], [found._replace(message=f"{name}: {found.message}")])
-        else:
-            good = True
-            yield record.line, found
-    if first and not good:
-        raise DataError(f"{first}; expected PRISM's {name}, with {expected} in each line (get the file again)")
+    numbered = ((record.line, record) for record in records(path, "jsonl", columns))
+    advice = f"; expected PRISM's {name}, with {expected} in each line (get the file again)"
+    return meant_by(numbered, told, tally, name=name, place=f"{path}, line", advice=advice)
 
 
 def _turns(history: list[Row]) -> Iterator[_Turn]:

@@ -18,7 +18,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from palate.data.draws import of_user, python_order
-from palate.data.foreign import Source, choices_in, records_of, said_by
+from palate.data.foreign import Source, choices_in, meant_by, records_of
 from palate.data.pairs import PairSet
 from palate.data.rows import Problem, Reason
 from palate.data.validation import Tally, ValidationReport
@@ -173,19 +173,9 @@ def _of_worker(tally: Tally, *parts: tuple[str, Source]) -> dict[str, list[Row]]
 
 def _rows(part: str, source: Source, tally: Tally) -> Iterator[Row]:
     """The comparisons; what is none goes into the tally. Raises `DataError` with the first row where none is one."""
-    first, good = "", False
-    for number, record in enumerate(records_of(source, _COLUMNS)):
-        if record.blank:
-            continue
-        found = said_by(record, _comparison)
-        if isinstance(found, Problem):
-            first = first or f"{part} row {number}: {found.message}"
-            tally.add(record, [], [found._replace(message=f"{part}: {found.message}")])
-        else:
-            good = True
-            yield found | {"conversation_id": f"{part} {number}"}
-    if first and not good:
-        raise DataError(first)
+    numbered = enumerate(records_of(source, _COLUMNS))
+    for number, row in meant_by(numbered, _comparison, tally, name=part, place=f"{part} row"):
+        yield row | {"conversation_id": f"{part} {number}"}
 
 
 def _comparison(row: Mapping[str, Any]) -> Row:
