@@ -50,29 +50,38 @@ def sizes(way: Published) -> dict[str, tuple[int, ...]]:
     return out
 
 
-def encoded(chosen: Tensor, rejected: Tensor, real: Tensor, numbers: Numbers, way: Published) -> tuple[Tensor, Tensor]:
-    """Mean and log variance (U, K) of z, from features (U, n, 3 H) of both texts and the mask (U, n) of the pairs.
+def encoded(first: Tensor, real: Tensor, numbers: Numbers, way: Published) -> tuple[Tensor, Tensor]:
+    """Mean and log variance (U, K) of z, from what the first layer makes of the M real pairs, in the order of the mask (U, n).
 
     Zero, the prior's N(0, I), for a user without pairs.
+
+    Args:
+        first: (M, H), without its bias. real: (U, n) which places hold a pair, M of them.
     """
-    h = way.hidden
-    pairs = leaky_relu(chosen[..., h : 2 * h] + rejected[..., 2 * h :] + numbers["pair1 bias"], SLOPE)
+    pairs = leaky_relu(first + numbers["pair1 bias"], SLOPE)
     pairs = _layer(leaky_relu(_layer(pairs, "pair2", numbers), SLOPE), "pair3", numbers)
-    query, key, value = (_layer(pairs, name, numbers) for name in ("query", "key", "value"))
+    pairs, query, key = (_placed(part, real) for part in (pairs, _layer(pairs, "query", numbers), _layer(pairs, "key", numbers)))
     some = real.any(1)
     heard = real | ~some[:, None]  # a softmax over nothing is no number; its user is set to the prior below
     match = (query @ key.mT / math.sqrt(way.latent)).masked_fill(~heard[:, None, :], -torch.inf)
-    attended = match.softmax(-1) @ value
-    pooled = (attended * heard[..., None]).sum(1) / heard.sum(1, keepdim=True)
+    # The mean over pairs and the values are linear, and shares sum to one: the values can come last, of one row a user.
+    share = (match.softmax(-1) * heard[..., None]).sum(1) / heard.sum(1, keepdim=True)
+    pooled = _layer((share[:, None] @ pairs)[:, 0], "value", numbers)
     mean, width = (_layer(pooled, name, numbers).clamp(-1, 1) * some[:, None] for name in ("mean", "width"))
     return mean, width
 
 
-def decoded(features: Tensor, z: Tensor, numbers: Numbers, way: Published) -> Tensor:
-    """(...,) the reward of texts (..., 3 H) at z (..., K)."""
-    first = features[..., : way.hidden] + z @ numbers["reward1 z"] + numbers["reward1 bias"]
-    second = leaky_relu(_layer(leaky_relu(first, SLOPE), "reward2", numbers), SLOPE)
-    return _layer(second, "reward3", numbers)[..., 0]
+def _placed(values: Tensor, real: Tensor) -> Tensor:
+    """(M, K) -> (U, n, K), zero where there is no pair."""
+    out = values.new_zeros(*real.shape, values.shape[1])
+    out[real] = values
+    return out
+
+
+def decoded(first: Tensor, z: Tensor, numbers: Numbers, way: Published) -> Tensor:
+    """(...,) the reward of texts, whose first layer gave (..., H), at z (..., K)."""
+    hidden = leaky_relu(first + (z @ numbers["reward1 z"] + numbers["reward1 bias"]), SLOPE)
+    return _layer(leaky_relu(_layer(hidden, "reward2", numbers), SLOPE), "reward3", numbers)[..., 0]
 
 
 def drawn(mean: Tensor, log_variance: Tensor, noise: Tensor) -> Tensor:
@@ -113,8 +122,8 @@ def published(data: EmbeddedPairs, way: Published, seed: int, progress: Callable
         raise DataError(f"{len(strict)} strict choices of {len(strict.user_ids)} users, no two of one user; expected some")
     generator = torch.Generator().manual_seed(seed)
     numbers, first = _start(data.embeddings.shape[1], way, generator, data.embeddings.dtype)
-    numbers["first"] = first
-    moments = {name: (torch.zeros_like(value), torch.zeros_like(value)) for name, value in numbers.items()}
+    numbers = {name: value.requires_grad_() for name, value in (numbers | {"first": first}).items()}
+    optimiser = torch.optim.AdamW(numbers.values(), lr=way.rate, weight_decay=DECAY, fused=True)
     per_epoch = -(-len(asked) * way.copies // BATCH)
     total = per_epoch * way.epochs
     for step in range(total):
@@ -125,38 +134,30 @@ def published(data: EmbeddedPairs, way: Published, seed: int, progress: Callable
         context, real = _contexts(strict, query, way.contexts, generator)
         noise = torch.randn(len(query), way.latent, generator=generator).to(first)
         with torch.enable_grad():
-            leaves = {name: value.detach().requires_grad_() for name, value in numbers.items()}
-            loss = step_loss(strict, leaves, query, context, real, noise, way, way.kl * annealed(step))
-            found = torch.autograd.grad(loss, list(leaves.values()))
-        rate = way.rate * rate_at(step, total)
-        for (name, value), gradient in zip(numbers.items(), found, strict=True):
-            numbers[name] = decayed(value, gradient, moments[name], rate, step + 1)
+            loss = step_loss(strict, numbers, query, context, real, noise, way, way.kl * annealed(step))
+        optimiser.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimiser.param_groups[0]["lr"] = way.rate * rate_at(step, total)
+        optimiser.step()
+    numbers = {name: value.detach() for name, value in numbers.items()}
     first = numbers.pop("first")
     return numbers, first, _active(strict, numbers, first, way)
-
-
-def decayed(value: Tensor, gradient: Tensor, moments: tuple[Tensor, Tensor], rate: float, step: int) -> Tensor:
-    """One step of AdamW (arXiv 1711.05101) with betas .9 and .999 and eps 1e-8; the two moments are changed in place."""
-    first = moments[0].mul_(0.9).add_(gradient, alpha=0.1)
-    second = moments[1].mul_(0.999).addcmul_(gradient, gradient, value=0.001)
-    size = (second / (1 - 0.999**step)).sqrt_().add_(1e-8)
-    return (value * (1 - rate * DECAY)).addcdiv_(first, size, value=-rate / (1 - 0.9**step))
 
 
 def step_loss(
     data: EmbeddedPairs, numbers: Numbers, query: Tensor, context: Tensor, real: Tensor, noise: Tensor, way: Published, kl: float
 ) -> Tensor:
     """Mean -log sigma of the queries (B,) + kl times the mean KL, z drawn from what the contexts (B, n) say."""
-    first = numbers["first"]
-    table = data.embeddings
+    reward, chosen, rejected = torch.split(numbers["first"], way.hidden, dim=1)
 
-    def seen(rows: Tensor) -> Tensor:
-        found: Tensor = table.rows(rows.flatten()).to(first) @ first
+    def through(rows: Tensor, layer: Tensor) -> Tensor:
+        found: Tensor = data.embeddings.rows(rows.flatten()).to(layer) @ layer
         return found.view(*rows.shape, -1)
 
-    mean, width = encoded(seen(data.chosen[context]), seen(data.rejected[context]), real, numbers, way)
-    z = drawn(mean, width, noise)
-    good, bad = (decoded(seen(side[query]), z, numbers, way) for side in (data.chosen, data.rejected))
+    told = context[real]
+    mean, width = encoded(through(data.chosen[told], chosen) + through(data.rejected[told], rejected), real, numbers, way)
+    asked = through(torch.stack([data.chosen[query], data.rejected[query]]), reward)
+    good, bad = decoded(asked, drawn(mean, width, noise), numbers, way)
     return likelihood.nll(good - bad).mean() + kl * divergence(mean, width).mean()
 
 
@@ -192,8 +193,9 @@ def _contexts(data: EmbeddedPairs, query: Tensor, most: tuple[int, int], generat
 
 def _active(data: EmbeddedPairs, numbers: Numbers, first: Tensor, way: Published) -> int:
     means = []
-    features = data.embeddings.project(first)
+    chosen, rejected = torch.split(data.embeddings.project(first[:, way.hidden :]), way.hidden, dim=1)
     for users in torch.split(torch.arange(len(data.user_ids), device=first.device), 64):
         index, real = data.grouped().padded(users)
-        means.append(encoded(features[data.chosen[index]], features[data.rejected[index]], real, numbers, way)[0])
+        told = index[real]
+        means.append(encoded(chosen[data.chosen[told]] + rejected[data.rejected[told]], real, numbers, way)[0])
     return active_units(torch.cat(means), first.new_ones(way.latent))

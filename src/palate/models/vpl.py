@@ -178,7 +178,7 @@ class VPL(RewardModel):
     def score(self, features: Tensor, weights: Tensor) -> Tensor:
         numbers = self._parts()
         if self.published is not None:
-            return attended.decoded(features, weights, numbers, self.published)
+            return attended.decoded(features[..., : self.published.hidden], weights, numbers, self.published)
         return Texts.unpacked(features, len(self.spread)).rewards(weights, numbers)
 
     def solved(self, sides: Sides, users: tuple[str, ...], *, covariance: bool = True) -> Solution:
@@ -186,7 +186,9 @@ class VPL(RewardModel):
         numbers, done = self._parts(), torch.ones(len(sides.weight), dtype=torch.bool, device=sides.weight.device)
         if self.published is not None:
             real = (sides.weight > 0) if sides.tie is None else (sides.weight > 0) & ~sides.tie
-            return Solution(attended.encoded(sides.chosen, sides.rejected, real, numbers, self.published)[0], None, None, done)
+            h = self.published.hidden
+            first = sides.chosen[real][:, h : 2 * h] + sides.rejected[real][:, 2 * h :]
+            return Solution(attended.encoded(first, real, numbers, self.published)[0], None, None, done)
         chosen, rejected = (Texts.unpacked(side, len(self.spread)) for side in (sides.chosen, sides.rejected))
         margin = chosen.common - rejected.common
         mean, precision = variational.encoded(chosen.chi - rejected.chi, margin, sides.weight, sides.tie, self.spread.to(margin))
