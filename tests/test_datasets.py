@@ -18,6 +18,7 @@ from palate.data import arena, community, prism, recipes
 from palate.data.argilla import argilla_labels, argilla_rankings, argilla_ratings
 from palate.data.attribute_texts import attribute_texts
 from palate.data.attributes import TRAITS, wishes
+from palate.data.leaks import check_leaks
 from palate.data.pairs import PairSet
 from palate.data.personalllm import MEAN_SD, N_ANSWERS, SCORERS, ScoredAnswers, best_and_worst, load_personalllm, two_at_random
 from palate.data.personas import load_personas
@@ -118,20 +119,21 @@ def test_prism_of_the_lore_paper_counts_characters(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"none of 1 users has 3 conversations with a choice \(at most 2\)"):
         load_prism(path, min_conversations=3, recipe=LORE_PAPER)
     found, _ = load_prism(path, min_conversations=2, recipe=LORE_PAPER)
-    # The first turn of the second conversation is kept (2301 < 2400); after it the history has 2320 characters and more.
+    # The first turn of the second conversation is kept (2301 < 2400), and the second one, because a history is not counted.
     assert Counter(found.conversation) == {"ada-0": 1, "ada-1": 2}
     told = f"user: Q1\nassistant: {beyond}\nuser: Q2"
-    assert found.texts[found.chosen[2]].prompt == told  # one text, not turns
+    assert found.texts[found.chosen[2]].prompt == told[-1500:]  # one text, not turns
     assert found.texts[found.chosen[0]].prompt == "Q1"
     everything, _ = load_prism(path, min_conversations=4)
     assert len(everything) == 6
     assert [message.role for message in everything.texts[everything.chosen[2]].prompt] == ["user", "assistant", "user"]  # type: ignore[union-attr]
     assert everything.texts[everything.chosen[2]].prompt_text == told
 
-    history = len("user: Q1\nassistant: yes\nuser: Q2")
-    rows = [talk("ada", i, turn(0, "Q1", "yes", "no"), turn(1, "Q2", "a", "b" * (2400 - history - 1 + i))) for i in (0, 1)]
-    found, _ = load_prism(jsonl(tmp_path / "conversations.jsonl", rows), min_conversations=2, recipe=LORE_PAPER)
-    assert Counter(found.conversation) == {"ada-0": 2, "ada-1": 1}  # a side of 2399 characters stays, one of 2400 goes
+    sizes = {"rejected": [("a", "b" * 2398), ("a", "b" * 2399)], "chosen": [("a" * 2397, "b"), ("a" * 2398, "b")]}
+    for side, (stays, goes) in sizes.items():  # with "Q2": 2400 and 2401 characters rejected, 2399 and 2400 chosen
+        rows = [talk(side, i, turn(0, "Q1", "yes", "no"), turn(1, "Q2", *one)) for i, one in enumerate((stays, goes))]
+        found, _ = load_prism(jsonl(tmp_path / "conversations.jsonl", rows), min_conversations=2, recipe=LORE_PAPER)
+        assert Counter(found.conversation) == {f"{side}-0": 2, f"{side}-1": 1}, side
 
 
 def test_prism_words_that_are_none_are_no_text(tmp_path: Path) -> None:
@@ -156,6 +158,18 @@ def test_prism_history_has_the_chosen_answers_only(tmp_path: Path) -> None:
     last = pairs.texts[pairs.chosen[3]].prompt
     assert last == (("user", "One?"), ("assistant", "first"), ("user", "Two?"), ("assistant", "second"), ("user", "Three?"))
     assert not any("never" in text.prompt_text for text in pairs.texts)
+
+
+@pytest.mark.parametrize("recipe", [prism.MRM, prism.LORE_PAPER], ids=["mrm", "lore-paper"])
+def test_prism_history_has_turns_with_one_answer_too(tmp_path: Path, recipe: prism.Recipe) -> None:
+    """They are no choice and do not make a conversation count, but the later ones were made after them."""
+    turns = (turn(0, "Q0", "A0", "B0"), turn(1, "I am Bob", "Hello Bob"), turn(2, "Who am I?", "Bob", "Eve"))
+    alone = [talk("solo", i, turn(0, "Q0", "A0"), turn(1, "Q1", "A1")) for i in range(2)]
+    path = jsonl(tmp_path / "conversations.jsonl", [talk("ada", i, *turns) for i in range(2)] + alone)
+    pairs, report = load_prism(path, min_conversations=2, recipe=recipe)
+    assert (pairs.user_ids, len(pairs), report.n_bad) == (("ada",), 4, 0)
+    told = ("user: Q0", "assistant: A0", "user: I am Bob", "assistant: Hello Bob", "user: Who am I?")
+    assert pairs.texts[pairs.chosen[1]].prompt_text == "\n".join(told)
 
 
 @pytest.mark.parametrize(("recipe", "n_unseen"), [(MRM, 10), (LORE_PAPER, 10), (LORE_CORRECTED, 4)])
@@ -273,7 +287,7 @@ def test_tldr_limits_are_those_published() -> None:
     assert Counter(pairs.split) == {"train": 150, "test_seen": 200, "support": 50, "test_unseen": 200}
     hundred, _ = load_tldr_paper(rows, seen_limit=100)
     assert Counter(hundred.split)["train"] == 100
-    assert len(set(hundred.conversation)) == len(hundred)  # no comparison twice
+    assert len(set(sides(hundred))) == len(hundred)  # no comparison twice
 
 
 def test_tldr_of_lores_code_drops_the_two_smallest_workers() -> None:
@@ -292,9 +306,9 @@ def test_tldr_of_lores_code_drops_the_two_smallest_workers() -> None:
 
 
 def test_tldr_comparisons_of_articles_have_no_post() -> None:
-    rows = [compared(worker, i) for worker in "ab" for i in range(4)]
+    rows, others = ([compared(worker, first + i) for worker in "ab" for i in range(4)] for first in (0, 10))
     news = compared("a", 9) | {"info": {"post": None, "title": None, "article": "News."}}
-    pairs, report = load_tldr(rows, [*rows, news])
+    pairs, report = load_tldr(rows, [*others, news])
     assert (len(pairs), report.n_bad, dict(report.reasons)) == (16, 1, {"empty_text": 1})
     assert "info.post of validation 8 is None; expected a post" in str(report.bad_rows[0])
     assert all(text.prompt_text for text in pairs.texts)
@@ -303,14 +317,25 @@ def test_tldr_comparisons_of_articles_have_no_post() -> None:
             load_tldr([compared("a", 1) | {"worker": worker}], rows)
 
 
+def test_tldr_comparisons_made_twice_are_learned_from_or_tested_but_not_both() -> None:
+    """A worker who is asked again and chooses otherwise contradicts the first choice, which stays."""
+    train = [compared(worker, i) for worker in "ab" for i in range(4)]
+    again = [compared(worker, i, choice) for worker in "ab" for i, choice in ((0, 0), (1, 1))]
+    validation = [compared(worker, 10 + i) for worker in "ab" for i in range(3)] + again
+    pairs, report = load_tldr(train, [*validation, validation[0]])
+    assert dict(report.reasons) == {"duplicate": 3, "contradiction": 2}
+    assert Counter(pairs.split) == {"train": 4, "test_seen": 3, "support": 4, "test_unseen": 3}
+    check_leaks(pairs, given_split(pairs), by="pair")
+
+
 def test_tldr_rows_that_are_no_comparison_are_not_there(tmp_path: Path) -> None:
-    rows = [compared(worker, i, i % 2) for i in range(30) for worker in ("a", "b", "c", "d")]
+    rows, others = ([compared(worker, first + i, i % 2) for i in range(30) for worker in "abcd"] for first in (0, 30))
     odd = [rows[0] | change for change in ({"choice": 1.0}, {"info": None}, {"summaries": [{"text": "one"}]}, {"worker": 3})]
-    parts = [jsonl(tmp_path / f"{name}.jsonl", [*rows, *odd]) for name in ("train", "validation")]
+    parts = [jsonl(tmp_path / f"{name}.jsonl", [*part, *odd]) for name, part in (("train", rows), ("validation", others))]
     parts[0].write_text(parts[0].read_text() + "not json\n")
     for load in (load_tldr, load_tldr_lore, load_tldr_paper):
         limits = {"seen_limit": 9, "unseen_limit": 4}
-        clean, found = load(rows, rows, **limits)[0], load(*parts, **limits)
+        clean, found = load(rows, others, **limits)[0], load(*parts, **limits)
         assert sides(found[0]) == sides(clean)
         assert found[0].split.tolist() == clean.split.tolist()  # the draws are those without such rows
         report = found[1]
@@ -880,13 +905,13 @@ def test_what_is_left_out_of_any_file_is_said(tmp_path: Path, palate_command: Ru
 
 def test_every_recipe_is_prepared_by_its_name(tmp_path: Path) -> None:
     conversations = [plain(f"user {u}", i) for u in range(6) for i in range(6)]
-    comparisons = [compared(worker, i) for worker in "abcdef" for i in range(60)]
+    comparisons, others = ([compared(worker, first + i) for worker in "abcdef" for i in range(60)] for first in (0, 60))
     judged = [{"user_id": f"u{i}", "context": "Why?", "chosen": "So.", "rejected": "No."} for i in range(4)]
     scores = prompts(50)
     new = [persona(0, "a pilot", 1), persona(1, "a poet", 0)]
     given: dict[str, list[list[Row]]] = {
         **{name: [conversations] for name in ("prism-mrm", "prism-lore-paper", "prism-lore-corrected")},
-        **{name: [comparisons, comparisons[::-1]] for name in ("tldr-mrm", "tldr-lore")},
+        **{name: [comparisons, others] for name in ("tldr-mrm", "tldr-lore")},
         "tldr-paper": [comparisons],
         **{name: [scores, scores] for name in ("personalllm-lore", "personalllm-random")},
         "arena": [judged, [row | {"context": "How?"} for row in judged], [row | {"context": "When?"} for row in judged]],

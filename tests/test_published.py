@@ -405,7 +405,7 @@ def test_prism_conversations_become_choices(tmp_path: Path) -> None:
         said(0, "model", "Hi.", True, 80),
         said(0, "model", "Good day.", False, 30),
         said(0, "model", "Hey.", False, 90),
-        said(1, "model", "Nothing.", True, 10),  # no other answer: not a choice, and not part of the history
+        said(1, "model", "Nothing.", True, 10),  # no other answer: not a choice, but part of the history
         said(2, "user", "Why?"),
         said(2, "model", "Because.", True, 50),
         said(2, "model", "No idea.", False),
@@ -421,7 +421,7 @@ def test_prism_conversations_become_choices(tmp_path: Path) -> None:
     assert found == [
         ("Hello!", "Hi.", "Good day."),
         ("Hello!", "Hi.", "Hey."),
-        ("user: Hello!\nassistant: Hi.\nuser: Why?", "Because.", "No idea."),
+        ("user: Hello!\nassistant: Hi.\nuser: And then?\nassistant: Nothing.\nuser: Why?", "Because.", "No idea."),
     ]
     assert pairs.conversation.tolist() == ["a0"] * 3 + ["a1"] * 3
     assert pairs.margin[0] == 50

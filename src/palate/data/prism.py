@@ -1,7 +1,8 @@
 """PRISM (Kirk et al. 2024): people from 75 countries talking to several language models and saying which answer was best.
 
 `conversations.jsonl` of `HannahRoseKirk/prism-alignment` as choices: in each turn the chosen answer against each of the others,
-after the earlier turns with the answers that were chosen, which is how the conversation went on. Papers prepared it differently,
+after the earlier turns with the answers that were chosen, which is how the conversation went on (a turn with a single answer, of
+which nothing can be compared, is part of it). Papers prepared it differently,
 and figures on different preparations are not comparable, so each preparation is a recipe with a name:
 
 | | `MRM` | `LORE_PAPER` | `LORE_CORRECTED` |
@@ -9,15 +10,15 @@ and figures on different preparations are not comparable, so each preparation is
 | source | MRM (arXiv 2601.18731), its repository | LoRe (arXiv 2504.14439), its code of June 2025 | LoRe's present code |
 | users | 6 conversations or more | the same | the same |
 | a conversation counts if | any turn is complete | any turn is complete and of at most 2300 characters | as MRM |
-| pairs | chosen against each other answer | the same, either side below 2400 characters | as MRM |
-| history | turns | one text | turns |
+| pairs | chosen against each other answer | the same, of at most 2400 characters (the chosen side: below) | as MRM |
+| history | turns | one text, of which the last 1500 characters are kept | turns |
 | seen, unseen users | half, half | half, half | 80 %, 20 % |
 | conversations of a user | half to learn from, half to test | the same | the same |
 
 A turn is complete with a user's words, a chosen answer and another one. LoRe's present code sets a *list* of all other answers
 against the chosen text, and the printed list gives the label away; that is not prepared here, which is what "corrected" says.
-What exactly was counted as characters is not published: here a turn is the user's words with the longer of the chosen answer and
-the longest other one, and a side of a pair is its whole text, history included.
+Characters are those of the user's words in that turn with one answer, as in LoRe's code. Departure: its one text has the markers
+of a Llama 3 chat; here it has lines of `user: ...` and `assistant: ...`, which are fewer characters.
 """
 
 import os
@@ -47,8 +48,8 @@ class Recipe:
     Attributes:
         name: what a report calls it.
         max_turn: a turn of more characters does not make its conversation count.
-        max_side: a pair with a side of so many characters or more is left out.
-        as_text: the history is one text and not a list of turns.
+        max_side: most characters of a side of a pair, and one less of the chosen side.
+        max_text: the history is one text, of which so many characters are kept, and not a list of turns.
         unseen: share of the users who are unseen.
         published_draws: the split is drawn as the MRM scripts draw it, to the user and the conversation.
         seed: the published seed of the split (the paper of LoRe names none for its users).
@@ -57,15 +58,15 @@ class Recipe:
     name: str
     max_turn: int | None
     max_side: int | None
-    as_text: bool
+    max_text: int | None
     unseen: float
     published_draws: bool
     seed: int
 
 
-MRM = Recipe("prism-mrm", None, None, False, 0.5, True, 42)
-LORE_PAPER = Recipe("prism-lore-paper", 2300, 2400, True, 0.5, False, 123)
-LORE_CORRECTED = Recipe("prism-lore-corrected", None, None, False, 0.2, False, 123)
+MRM = Recipe("prism-mrm", None, None, None, 0.5, True, 42)
+LORE_PAPER = Recipe("prism-lore-paper", 2300, 2400, 1500, 0.5, False, 123)
+LORE_CORRECTED = Recipe("prism-lore-corrected", None, None, None, 0.2, False, 123)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -81,11 +82,14 @@ class PrismPairs(PairSet):
 
 class _Turn(NamedTuple):
     asked: str
-    chosen: Row
+    chosen: Row | None
     others: list[Row]
 
     @property
-    def length(self) -> int:
+    def length(self) -> int | None:
+        """Characters of the user's words with the longest answer; None of a turn that is not complete."""
+        if self.chosen is None or not self.others:
+            return None
         return _size(self.asked) + max(_size(one["content"]) for one in (self.chosen, *self.others))
 
 
@@ -219,7 +223,8 @@ def _without_conversations(path: Path, tally: Tally) -> set[str]:
 def _conversations(path: Path, recipe: Recipe, tally: Tally) -> Iterator[_Talk]:
     def told(row: Mapping[str, Any]) -> tuple[str, str, bool, list[Row]]:
         user, name, turns = _id(row, "user_id"), _id(row, "conversation_id"), list(_turns(row["conversation_history"]))
-        counts = any(recipe.max_turn is None or turn.length <= recipe.max_turn for turn in turns)
+        lengths = [turn.length for turn in turns if turn.length is not None]
+        counts = any(recipe.max_turn is None or length <= recipe.max_turn for length in lengths)
         return user, name, counts, list(_choices(user, name, turns, recipe)) if counts else []
 
     columns = ("user_id", "conversation_id", "conversation_history")
@@ -255,29 +260,38 @@ def _of_lines(
 
 
 def _turns(history: list[Row]) -> Iterator[_Turn]:
+    """The turns in which the user said something, in order."""
     for _, group in groupby(sorted(history, key=lambda said: said["turn"]), key=lambda said: said["turn"]):
         said = list(group)
         asked = [one["content"] for one in said if one["role"] == "user"]
         chosen = [one for one in said if one["role"] != "user" and one["if_chosen"]]
         others = [one for one in said if one["role"] != "user" and not one["if_chosen"]]
-        if asked and chosen and others:
-            yield _Turn(asked[0], chosen[0], others)
+        if asked:
+            yield _Turn(asked[0], chosen[0] if chosen else None, others)
 
 
 def _choices(user: str, conversation: str, turns: list[_Turn], recipe: Recipe) -> Iterator[Row]:
     talk: list[Row] = []
-    for turn in turns:
-        talk = [*talk, {"role": "user", "content": turn.asked}]
-        told = "\n".join(f"{said['role']}: {said['content']}" for said in talk) if len(talk) > 1 else turn.asked
-        # a turn without words has no text: as turns the row is reported, as a text it would say "None"
-        as_text = recipe.as_text and all(isinstance(said["content"], str) for said in talk)
-        for other in turn.others:
-            row: Row = {"user_id": user, "conversation_id": conversation, "prompt": told if as_text else talk}
-            row |= {side: one["content"] for side, one in (("chosen", turn.chosen), ("rejected", other))}
-            if recipe.max_side is not None and _size(told) + max(_size(row["chosen"]), _size(row["rejected"])) >= recipe.max_side:
+    for asked, chosen, others in turns:
+        talk = [*talk, {"role": "user", "content": asked}]
+        if chosen is None:
+            continue
+        for other in others:
+            row: Row = {"user_id": user, "conversation_id": conversation, "prompt": _told(talk, recipe)}
+            row |= {side: one["content"] for side, one in (("chosen", chosen), ("rejected", other))}
+            sizes = _size(asked) + _size(row["chosen"]) + 1, _size(asked) + _size(row["rejected"])
+            if recipe.max_side is not None and max(sizes) > recipe.max_side:
                 continue
-            scores = turn.chosen.get("score"), other.get("score")
+            scores = chosen.get("score"), other.get("score")
             if scores[0] is not None and scores[1] is not None and scores[0] >= scores[1]:
                 row["margin"] = float(scores[0] - scores[1])
             yield row
-        talk = [*talk, {"role": "assistant", "content": turn.chosen["content"]}]
+        talk = [*talk, {"role": "assistant", "content": chosen["content"]}]
+
+
+def _told(talk: list[Row], recipe: Recipe) -> str | list[Row]:
+    """The prompt: turns, or the end of their text. A turn without words has no text: as turns the row is reported."""
+    if recipe.max_text is None or not all(isinstance(said["content"], str) for said in talk):
+        return talk
+    told = "\n".join(f"{said['role']}: {said['content']}" for said in talk) if len(talk) > 1 else talk[0]["content"]
+    return str(told)[-recipe.max_text :]

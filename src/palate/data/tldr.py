@@ -11,7 +11,8 @@ no subreddit, no instruction). Three preparations are published, and figures on 
 | tested on | all of `validation` | all of the other half | all of `validation` |
 
 In each of them half of the workers are seen, 150 comparisons (or 100) of a seen worker are learned from, and 50 of an unseen one.
-A row that is no comparison is a bad row, as if it were not there; what else is bad is left out after the draws.
+A row that is no comparison is a bad row, as if it were not there; what else is bad is left out after the draws. So is a
+comparison that a worker made before, where what is learned from comes before what is tested, so that none is on both sides.
 """
 
 from collections.abc import Iterator, Mapping
@@ -157,10 +158,10 @@ def _split(
 def _with_post(row: Mapping[str, Any]) -> Iterator[Row | Problem]:
     """The row, if it has a post. `validation` also holds comparisons of CNN/DM, whose summaries are of an article."""
     if row["prompt"] is None:
-        message = f"info.post of {row['conversation_id']} is None; expected a post (CNN/DM has articles instead)"
+        message = f"info.post of {row['place']} is None; expected a post (CNN/DM has articles instead)"
         yield Problem(Reason.EMPTY_TEXT, message)
     else:
-        yield dict(row)
+        yield {name: value for name, value in row.items() if name != "place"}
 
 
 def _of_worker(tally: Tally, *parts: tuple[str, Source]) -> dict[str, list[Row]]:
@@ -175,7 +176,7 @@ def _rows(part: str, source: Source, tally: Tally) -> Iterator[Row]:
     """The comparisons; what is none goes into the tally. Raises `DataError` with the first row where none is one."""
     numbered = enumerate(records_of(source, _COLUMNS))
     for number, row in meant_by(numbered, _comparison, tally, name=part, place=f"{part} row"):
-        yield row | {"conversation_id": f"{part} {number}"}
+        yield row | {"place": f"{part} {number}"}
 
 
 def _comparison(row: Mapping[str, Any]) -> Row:
