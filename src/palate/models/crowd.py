@@ -15,6 +15,7 @@ from palate import likelihood
 from palate.data.embeddings import Differences, Embeddings
 from palate.data.pairs import EmbeddedPairs
 from palate.errors import DataError
+from palate.models.pulls import evenly
 from palate.models.subspace import Design, Subspace
 
 RIDGES = (1e-6, 1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)  # of features whose rows have norm about one
@@ -84,8 +85,7 @@ def standard_scale(data: EmbeddedPairs, most: int = 2048) -> tuple[Tensor, Tenso
     never varies gets scale 0. At most `most` texts, evenly spaced, are read: the standard error of a scale is then below 2 %.
     """
     used = torch.unique(torch.cat([data.chosen, data.rejected]))
-    if len(used) > most:
-        used = used[torch.linspace(0, len(used) - 1, most, device=used.device).round().long()]
+    used = used[evenly(len(used), most, used.device)]
     table = data.embeddings.take(used)
     mean, variance = table.column_moments(torch.ones(len(used), device=used.device))
     centre, scale = torch.zeros_like(mean), torch.zeros_like(mean)

@@ -20,7 +20,7 @@ from palate.data.pairs import EmbeddedPairs
 from palate.errors import DataError
 from palate.models import crowd
 from palate.models.base import Fixed, Inference, RewardModel, Simplex, Steps, normal_for
-from palate.solvers import Batch
+from palate.solvers import Batch, chunks
 
 Progress = Callable[[float, str], None]  # (share done, what)
 
@@ -240,15 +240,12 @@ def _held_out_loss(model: LoRe, data: EmbeddedPairs, seed: int) -> float | None:
     offset, slopes = model.design(model.features(data.embeddings))
     del offset
     z = slopes[data.chosen] - slopes[data.rejected]
-    n, users = int(torch.bincount(data.user_index).max()), len(data.user_ids)
-    grouped = data.grouped()
-    place = torch.arange(len(data), device=z.device) - grouped.offsets[data.user_index[grouped.order]]
-    padded, weight = z.new_zeros(users, n, z.shape[1]), z.new_zeros(users, n)
-    tie = torch.zeros(users, n, dtype=torch.bool, device=z.device)
-    owner = data.user_index[grouped.order]
-    padded[owner, place], tie[owner, place] = z[grouped.order], data.tie[grouped.order]
-    weight[owner, place] = (data.weight * support)[grouped.order].to(z)
-    w = Simplex().solve(Batch(padded, z.new_zeros(users, n), weight, tie), None, data.user_ids).mean
+    users, grouped, known = len(data.user_ids), data.grouped(), (data.weight * support).to(z)
+    w = z.new_zeros(users, z.shape[1])
+    for some in chunks(grouped.counts, z.shape[1]):
+        index, real = grouped.padded(some)
+        batch = Batch(z[index], z.new_zeros(index.shape), known[index] * real, data.tie[index])
+        w[some] = Simplex().solve(batch, None, tuple(data.user_ids[i] for i in some.tolist())).mean
     loss = likelihood.nll((z * w[data.user_index]).sum(1), data.tie)
     asked = (query * data.weight).to(z)
     total = z.new_zeros(users).index_add_(0, data.user_index, loss * asked)

@@ -20,7 +20,7 @@ from torch import Tensor
 from palate.data.embeddings import Dense, Differences, Embeddings
 from palate.data.pairs import EmbeddedPairs
 from palate.errors import DataError
-from palate.models import crowd, stating
+from palate.models import crowd, pulls, stating
 from palate.models.base import Inference, Newton, RewardModel
 from palate.models.selection import BLENDS, CROWD, KAPPAS, ROUNDS, Candidate, Crowds, Selection
 from palate.models.subspace import Design
@@ -316,5 +316,5 @@ class _Estimation:
         texts = len(torch.unique(torch.cat([self.data.chosen, self.data.rejected])))
         users = torch.zeros(len(self.data.user_ids), dtype=torch.bool)
         kept = max(2, int(len(users) * min(1.0, most / texts)))
-        users[torch.linspace(0, len(users) - 1, kept).round().long()] = True
+        users[pulls.evenly(len(users), kept)] = True
         return users

@@ -13,7 +13,7 @@ from torch import Tensor
 from palate.data.embeddings import Embeddings
 from palate.data.pairs import EmbeddedPairs
 from palate.errors import DataError
-from palate.models import crowd, trials
+from palate.models import crowd, pulls, trials
 from palate.models.base import Inference, Newton, RewardModel
 from palate.priors import Prior
 from palate.solvers import Batch, Laplace, Solution, newton
@@ -118,8 +118,7 @@ class IndividualBT(RewardModel):
             of_pair = fold.to(data.user_index.device)[data.user_index]
             offset = design.project(found.directions).gather(1, of_pair.clamp(min=0)[:, None])[:, 0]
             held = torch.nonzero(fold >= 0)[:, 0]
-        if len(held) > MOST_JUDGED:
-            held = held[torch.linspace(0, len(held) - 1, MOST_JUDGED).round().long()]
+        held = held[pulls.evenly(len(held), MOST_JUDGED, held.device)]
         ridge, differ = (RIDGES[len(RIDGES) // 2], True) if self.ridge is None else (self.ridge, True)
         if self.ridge is None and len(held):
             trial = trials.Trial(data, seed)

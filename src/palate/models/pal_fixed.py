@@ -19,7 +19,7 @@ from palate.models.bilinear import Joint
 from palate.models.ideal import Adam, Asked, Layers, Leaf, cosine, normalised, weights_at_mode
 from palate.models.pal_start import Prompts, folded, joined, simplex_along, size, straight, tucker
 from palate.models.validation import halves, position
-from palate.solvers import batches
+from palate.solvers import batches, chunks
 
 Progress = Callable[[float, str], None]  # (share done, what)
 
@@ -291,16 +291,19 @@ class Trial:
 
     def judge(self, learner: Learner, strengths: Sequence[float], into: Sequence[Tensor]) -> None:
         """Put each held-out user's mean log loss over queries and `SHOTS` into (U,), for every strength; NaN without a query."""
-        n_users = len(self.part.user_ids)
+        grouped, k = self.part.grouped(), len(learner.centre)
         asked = whole(lambda some: asked_of(learner, self.part, self.rows, self.offset, some), len(self.part))
-        index, real = self.part.grouped().padded(torch.arange(n_users, device=self.rows.device))
-        tie = None if self.tie is None else self.tie[index].repeat(len(SHOTS), 1)
-        padded = asked.mapped(lambda part: part[index].repeat(len(SHOTS), *(1,) * part.ndim))
-        weight = (self.known[:, index] * real).flatten(0, 1)
-        for strength, table in zip(strengths, into, strict=True):
-            w = weights_at_mode(padded, weight, tie, learner.centre, strength, max_steps=20, tolerance=1e-3).mean
-            own = w.view(len(SHOTS), n_users, -1)[:, self.part.user_index]  # (S, P, K)
-            self.put(asked.margins(own), table[None])
+        own = asked.slopes.new_zeros(len(strengths), len(SHOTS), len(self.part.user_ids), k)
+        for users in chunks(len(SHOTS) * grouped.counts, k if asked.gram is None else k * k):
+            index, real = grouped.padded(users)
+            tie = None if self.tie is None else self.tie[index].repeat(len(SHOTS), 1)
+            padded = asked.mapped(lambda part, index=index: part[index].repeat(len(SHOTS), *(1,) * part.ndim))  # type: ignore[misc]
+            weight = (self.known[:, index] * real).flatten(0, 1)
+            for strength, weights in zip(strengths, own, strict=True):
+                w = weights_at_mode(padded, weight, tie, learner.centre, strength, max_steps=20, tolerance=1e-3).mean
+                weights[:, users] = w.view(len(SHOTS), len(users), -1)
+        for weights, table in zip(own, into, strict=True):
+            self.put(asked.margins(weights[:, self.part.user_index]), table[None])
 
     def put(self, margins: Tensor, into: Tensor) -> None:
         """Each user's mean log loss on queries of margins (S, P), over S, into (1, U)."""

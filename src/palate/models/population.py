@@ -19,7 +19,7 @@ from palate import likelihood
 from palate.data.pairs import EmbeddedPairs
 from palate.models.subspace import Design
 from palate.priors import Prior
-from palate.solvers import Batch, Laplace, newton, posterior, whitened
+from palate.solvers import Batch, Laplace, chunks, newton, posterior, whitened
 
 
 class Expectation:
@@ -179,39 +179,36 @@ def refine(
     """
     rows = torch.nonzero(learn.to(data.user_index.device)[data.user_index])[:, 0]
     part = data[rows]
-    grouped, users = part.grouped(), len(part.user_ids)
-    owner = part.user_index[grouped.order]
-    place = torch.arange(len(part), device=owner.device) - grouped.offsets[owner]
-    size = (users, int(grouped.counts.max()))
     tie = part.tie if bool(part.tie.any()) else None
     share = part.weight / part.weight.sum()
-    mode = [bases.new_zeros(users, bases.shape[1])]
+    modes = bases.new_zeros(len(part.user_ids), bases.shape[1])
     first = torch.cat([bases @ prior.means[0][:, None], bases @ prior.factors[0]], dim=1)
 
     anchor = torch.zeros_like(first)
     anchor[:, 0] = direction
 
-    def padded(values: Tensor) -> Tensor:
-        out = values.new_zeros(*size, *values.shape[1:])
-        out[owner, place] = values[grouped.order]
-        return out
-
-    weight, tied = padded(part.weight), None if tie is None else padded(tie)
+    together = []  # users with the places of their pairs, and these pairs' weights and ties
+    for users in chunks(part.grouped().counts, bases.shape[1]):
+        index, real = part.grouped().padded(users)
+        together.append((users, index, part.weight[index] * real, None if tie is None else tie[index]))
 
     def objective(flat: "np.ndarray[Any, Any]") -> tuple[float, "np.ndarray[Any, Any]"]:
         current = torch.from_numpy(flat.reshape(first.shape)).to(bases)
         projected = design.project(current)[rows]
-        batch = Batch(padded(projected[:, 1:]), padded(offset[rows] + projected[:, 0]), weight, tied)
-        mode[0], value, _ = newton(batch, max_steps=8, tolerance=3e-3, start=mode[0])
-        own = mode[0][part.user_index]
-        margin = offset[rows] + projected[:, 0] + (projected[:, 1:] * own).sum(1)
+        base, slopes, value = offset[rows] + projected[:, 0], projected[:, 1:], torch.zeros((), dtype=torch.float64)
+        for users, index, weight, tied in together:
+            batch = Batch(slopes[index], base[index], weight, tied)
+            modes[users], found, _ = newton(batch, max_steps=8, tolerance=3e-3, start=modes[users])
+            value = value + found.sum(dtype=torch.float64).cpu()
+        own = modes[part.user_index]
+        margin = base + (slopes * own).sum(1)
         slope = likelihood.gradient(margin, tie) * share
         spread = current.new_zeros(len(data), first.shape[1])
         spread[rows] = torch.cat([slope[:, None], slope[:, None] * own], dim=1)
         heavy = current + anchor
         gradient = design.back(spread) + ridge * heavy
-        loss = value.sum(dtype=torch.float64) / part.weight.sum() + ridge / 2 * heavy.square().sum(dtype=torch.float64)
-        return float(loss), gradient.double().cpu().numpy().ravel()
+        loss = float(value) / float(part.weight.sum()) + ridge / 2 * float(heavy.square().sum(dtype=torch.float64))
+        return loss, gradient.double().cpu().numpy().ravel()
 
     options = {"maxiter": max_iter, "maxcor": 10, "gtol": 1e-6, "ftol": 1e-9}
     solved = minimize(objective, first.double().cpu().numpy().ravel(), jac=True, method="L-BFGS-B", options=options)

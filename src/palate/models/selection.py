@@ -17,7 +17,7 @@ from torch import Tensor
 from palate import likelihood
 from palate.data.embeddings import CACHE_BYTES
 from palate.data.pairs import EmbeddedPairs
-from palate.models import crowd, population
+from palate.models import crowd, population, pulls
 from palate.models.validation import halves, position
 from palate.priors import Prior
 from palate.solvers import Batch, batches, posterior
@@ -312,23 +312,18 @@ class Selection:
             bases[live, torch.arange(len(live), device=bases.device)] = 1
             return bases
         slope = -likelihood.gradient(offset, self.data.tie) * self.data.weight
-        pulls = self._pulls(slope, learn)  # (U, D)
-        pulls = pulls - pulls.mean(0)
-        size, left = torch.linalg.eigh((pulls @ pulls.T).double())
-        size, left = size.flip(0), left.flip(1)
-        kept = max(0, min(wide - 2, int((size > 1e-6 * size[0].clamp(min=1e-30)).sum())))
-        right = pulls.T @ (left[:, :kept] / size[:kept].sqrt()).to(pulls)
+        found = self._pulls(slope, learn)  # (U, D)
+        right = pulls.leading(found - found.mean(0), wide - 2)
         axes = torch.cat([self.crowds.directions[:, fold, None], self.crowds.shifts[:, fold, None], right], dim=1)
         axes = axes[:, axes.any(0)]  # none of a crowd that agrees on nothing, and nobody pulls where all choices are ties
         some = axes if axes.shape[1] else torch.nn.functional.one_hot(live[:1], len(scale)).T.to(scale)
         orthonormal: Tensor = torch.linalg.qr(some)[0]
         return orthonormal
 
-    def _pulls(self, slope: Tensor, learn: Tensor, most: int = 2048) -> Tensor:
-        """(U', D) the pull of each learning user; of at most `most` users, evenly spaced, which bounds memory and time."""
+    def _pulls(self, slope: Tensor, learn: Tensor) -> Tensor:
+        """(U', D) the pull of each learning user, of at most `pulls.MOST` of them."""
         users = torch.nonzero(learn)[:, 0].to(slope.device)
-        if len(users) > most:
-            users = users[torch.linspace(0, len(users) - 1, most, device=users.device).round().long()]
+        users = users[pulls.evenly(len(users), pulls.MOST, users.device)]
         grouped, scale, out = self.data.grouped(), self.design.scale, []
         for part in torch.split(users, max(1, CACHE_BYTES // max(1, 4 * len(scale) * int(grouped.counts.max())))):
             index, real = self.data.grouped().padded(part)

@@ -22,6 +22,7 @@ from torch.nn.functional import leaky_relu
 from palate import likelihood
 from palate.data.embeddings import Embeddings
 from palate.data.pairs import EmbeddedPairs
+from palate.models import pulls
 from palate.models.meta import keyed_order
 from palate.models.validation import halves, position
 
@@ -270,7 +271,8 @@ def start(problem: Problem, direction: Tensor, settings: Settings, seed: int) ->
 
     The pull of a user is the gradient of their log-likelihood there, sum_j -g(m_j) (y_chosen - y_rejected), over the features and
     the outputs of the hidden layer, which begins at random; the leading right singular vectors of the pulls, centred over users,
-    are psi and chi, each with margins of equal variance. The hidden layer's part that z enters begins silent. O(P D + U^2 D).
+    are psi and chi, each with margins of equal variance. The hidden layer's part that z enters begins silent. O(P D), and what
+    `pulls.leading` takes.
     """
     data, scale, h = problem.data, problem.scale, settings.hidden
     generator = torch.Generator().manual_seed(seed)
@@ -281,15 +283,13 @@ def start(problem: Problem, direction: Tensor, settings: Settings, seed: int) ->
     margin = problem.common[problem.chosen] - problem.common[problem.rejected]
     slope = -likelihood.gradient(margin, data.tie) * data.weight.to(margin)
     design = data.differences()
-    pulls = slope.new_zeros(len(data.user_ids), len(scale) + h)
-    for rows in torch.split(torch.arange(len(data), device=slope.device), 4096):
+    mine, owner = pulls.of_few(data)
+    found = slope.new_zeros(int(owner.max()) + 1, len(scale) + h)
+    for rows in torch.split(mine, 4096):
         both = [design.rows(rows) * scale, wide[problem.chosen[rows]] - wide[problem.rejected[rows]]]
-        pulls.index_add_(0, data.user_index[rows], torch.cat(both, dim=1) * slope[rows, None])
-    pulls = pulls - pulls.mean(0)
-    size, left = torch.linalg.eigh((pulls @ pulls.T).double())
-    size, left = size.flip(0), left.flip(1)
-    k = min(settings.latent, int((size > 1e-6 * size[0].clamp(min=1e-30)).sum()))
-    axes = pulls.T @ (left[:, :k] / size[:k].sqrt()).to(pulls)  # (D + H, K)
+        found.index_add_(0, owner[rows], torch.cat(both, dim=1) * slope[rows, None])
+    axes = pulls.leading(found - found.mean(0), settings.latent)  # (D + H, K)
+    k = axes.shape[1]
     told = problem.table.project(scale[:, None] * axes[: len(scale)]) + wide @ axes[len(scale) :]
     told = told[problem.chosen] - told[problem.rejected]
     axes = axes * (MARGIN_VARIANCE / max(1, k) / told.square().mean(0).clamp(min=1e-30)).sqrt()

@@ -22,7 +22,7 @@ from palate.models.base import RewardModel
 from palate.models.validation import halves, position
 from palate.models.variational import Numbers, Problem, Settings, Texts
 from palate.priors import Prior
-from palate.solvers import Sides, Solution
+from palate.solvers import Sides, Solution, chunks
 
 Progress = Callable[[float, str], None]  # (share done, what)
 
@@ -263,9 +263,9 @@ class _Choice:
         spread, first = numbers["log_spread"].exp(), self.scale[:, None] * numbers["first"]
         k, active = len(spread), 0
         if k:
-            everybody = torch.arange(len(self.data.user_ids), device=first.device)
             known = torch.ones(len(self.data), dtype=torch.bool, device=first.device)
-            active = variational.active_units(problem.asked(numbers, everybody).posterior(numbers, known)[0], spread)
+            parts = (problem.asked(numbers, users) for users in chunks(self.data.grouped().counts, k))
+            active = variational.active_units(torch.cat([part.posterior(numbers, known)[0] for part in parts]), spread)
         out = self.model.like(
             {
                 **{"direction": self.scale * self.crowd.direction, "first": first, "spread": spread},
@@ -353,17 +353,20 @@ class _Part:
                 name: scale.new_zeros(_nothing(name, len(scale))) for name in ("first", "bias", "psi", "chi", "joint", "out")
             }
             numbers["log_spread"] = scale.new_zeros(0)
-        asked = held.asked(numbers, torch.arange(len(data.user_ids), device=held.chosen.device))
-        kept = (self.query & ~data.tie)[asked.rows]
-        owner = asked.owner[kept]
-        count = torch.bincount(owner, minlength=len(data.user_ids))
-        out = torch.zeros(len(data.user_ids), device=owner.device)
+        parts, strict = [], self.query & ~data.tie
+        for users in chunks(data.grouped().counts, len(numbers["log_spread"])):
+            asked = held.asked(numbers, users)
+            parts.append((users, asked, strict[asked.rows]))
+        owner = torch.cat([users[asked.owner[kept]] for users, asked, kept in parts])
+        weight = torch.cat([data.weight[asked.rows[kept]] for _, asked, kept in parts])
+        out, total = (weight.new_zeros(len(data.user_ids)) for _ in range(2))
+        total.index_add_(0, owner, weight)
         for shots, counts in SHOTS:
-            z, _ = asked.posterior(numbers, self.place < shots)
-            margin = asked.margins(numbers, z, kept)
+            known = self.place < shots
+            margin = torch.cat([asked.margins(numbers, asked.posterior(numbers, known)[0], kept) for _, asked, kept in parts])
             size = margin.abs().median().clamp(min=1e-12) / 3 if len(margin) else 1.0
-            out.index_add_(0, owner, (counts * likelihood.probability(-margin / size)).to(out))
-        return out / count
+            out.index_add_(0, owner, counts * (likelihood.probability(-margin / size) * weight).to(out))
+        return out / total
 
 
 def _nothing(name: str, width: int) -> tuple[int, ...]:

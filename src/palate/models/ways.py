@@ -14,10 +14,11 @@ from torch import Tensor
 
 from palate import likelihood
 from palate.data.pairs import EmbeddedPairs
-from palate.models import crowd, meta
+from palate.models import crowd, meta, pulls
 from palate.models.meta import ExactSolve, GradientSteps, Inner, Numbers, Outer, Shape, State, described
 from palate.models.objectives import RPO, CVaR, Mean
 from palate.models.validation import halves, position
+from palate.solvers import chunks
 
 if TYPE_CHECKING:
     from palate.models.mrm import MRM
@@ -156,18 +157,14 @@ class Choice:
         return numbers | {"bases": bases, "start": mu.new_zeros(count)}
 
     def _disagreement(self, data: EmbeddedPairs, design: crowd.Rescaled, mu: Tensor, most: int) -> Tensor:
-        """(D, at most `most`) leading directions of the users' pulls. O(P D + U^2 D)."""
+        """(D, at most `most`) leading directions in which users pull away from the crowd's reward `mu`."""
         margin = design.project(mu[:, None])[:, 0]
         slope = -likelihood.gradient(margin, data.tie) * data.weight
-        pulls = mu.new_zeros(len(data.user_ids), len(mu))
-        for rows in torch.split(torch.arange(len(data), device=mu.device), 4096):
-            pulls.index_add_(0, data.user_index[rows], design.design.rows(rows) * slope[rows, None])
-        pulls = (pulls - pulls.mean(0)) * self.scale
-        size, left = torch.linalg.eigh((pulls @ pulls.T).double())
-        size, left = size.flip(0), left.flip(1)
-        kept = min(most, int((size > 1e-6 * size[0].clamp(min=1e-30)).sum()), len(mu) - 1)
-        found: Tensor = pulls.T @ (left[:, :kept] / size[:kept].sqrt()).to(pulls)
-        return found
+        mine, owner = pulls.of_few(data)
+        found = mu.new_zeros(int(owner.max()) + 1, len(mu))
+        for rows in torch.split(mine, 4096):
+            found.index_add_(0, owner[rows], design.design.rows(rows) * slope[rows, None])
+        return pulls.leading((found - found.mean(0)) * self.scale, min(most, len(mu) - 1))
 
     def _judged(self, fold: int, way: Way, stops: Sequence[int]) -> Tensor:
         """(stops, or 1 for the start; held-out users) errors of a way learned without the users of a fold."""
@@ -217,14 +214,17 @@ class _Part:
 
         A log loss would prefer a timid start to a right one wherever people are consistent.
         """
-        users = torch.arange(len(self.held.user_ids), device=self.place.device)
-        out = torch.zeros(len(users), device=self.place.device)
+        out = torch.zeros(len(self.held.user_ids), device=self.place.device)
+        together = list(chunks(self.held.grouped().counts, problem.shape.n_bases))
         for shots, counts in SHOTS:
-            batch, asked = meta.posed(problem, numbers, users, self.place < shots, self.query)
-            asked = asked if batch.tie is None else asked * ~batch.tie
-            margin = batch.offset
-            if batch.slopes.shape[2]:
-                margin = batch.margins(meta.adapted(inner, batch, numbers, simplex=problem.shape.simplex))
-            size = margin[asked > 0].abs().median().clamp(min=1e-12) / 3
-            out += counts * (likelihood.probability(-margin / size) * asked).sum(1) / asked.sum(1)
+            parts = []
+            for users in together:
+                batch, asked = meta.posed(problem, numbers, users, self.place < shots, self.query)
+                margin = batch.offset
+                if batch.slopes.shape[2]:
+                    margin = batch.margins(meta.adapted(inner, batch, numbers, simplex=problem.shape.simplex))
+                parts.append((users, margin, asked if batch.tie is None else asked * ~batch.tie))
+            size = torch.cat([margin[asked > 0].abs() for _, margin, asked in parts]).median().clamp(min=1e-12) / 3
+            for users, margin, asked in parts:
+                out[users] += counts * (likelihood.probability(-margin / size) * asked).sum(1) / asked.sum(1)
         return out
