@@ -234,6 +234,27 @@ def test_a_new_user_is_their_own_convex_problem(matters: World, informed: Attrib
 # -- attributes as numbers
 
 
+def test_known_attributes_leave_less_unknown_before_the_first_choice(matters: World, informed: AttributePrior) -> None:
+    """A choice of hardly any weight changes hardly anything: the profile without it has the same mean and covariance."""
+    known, stranger = matters.support.user_ids[:2]
+    model = informed.with_attributes({known: matters.attributes[known]})
+    nothing = no_pairs(model, (known, stranger))
+    own, everybody = model.informed, model.prior
+    assert own is not None
+    assert everybody is not None
+    away = everybody.mean - model.crowd_weights
+    assert nothing.covariance is not None
+    for found, prior in zip(nothing.covariance, (own, everybody), strict=True):
+        torch.testing.assert_close(found, prior.covariance + torch.outer(away, away))
+    assert float(nothing.covariance[0].trace()) < float(nothing.covariance[1].trace())
+    said = matters.support[matters.support.user_index == 0][:1]
+    hardly = EmbeddedPairs(said.embeddings, said.chosen, said.rejected, [known], weight=[1e-9])
+    after = palate.adapt(model, hardly).covariance
+    assert after is not None
+    torch.testing.assert_close(after[0], own.covariance, atol=1e-5, rtol=1e-4)
+    assert model.expected_covariance(()).shape == (0, *after.shape[1:])  # type: ignore[union-attr]
+
+
 def test_columns_of_numbers_and_words() -> None:
     users = [f"u{i}" for i in range(12)]
     known: Known = {user: {"age": 20.0 + i, "town": "x" if i < 6 else "y"} for i, user in enumerate(users[:11])}

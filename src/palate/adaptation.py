@@ -166,17 +166,13 @@ def adapt(model: RewardModel, data: EmbeddedPairs, *, covariance: bool = True) -
 
 
 def no_pairs(model: RewardModel, user_ids: Sequence[str], n_pairs: Tensor | None = None) -> Profiles:
-    """The profiles of users of whom nothing is known: the crowd's weights, with the prior's covariance as uncertainty.
+    """The profiles of users without choices: what the model expects of them, with what is unknown of them as covariance.
 
     `n_pairs` (U,) is for a model without weights, for which nothing can be learned of a user from any number of choices.
     """
-    crowd, prior, n = model.crowd_weights, model.prior, len(user_ids)
-    spread = None
-    if prior is not None:
-        away = prior.mean - crowd
-        spread = (prior.covariance + torch.outer(away, away)).expand(n, -1, -1)
-    counts = torch.zeros(n, dtype=torch.int64, device=crowd.device) if n_pairs is None else n_pairs
-    converged = torch.ones(n, dtype=torch.bool, device=crowd.device)
+    n, device = len(user_ids), model.crowd_weights.device
+    counts = torch.zeros(n, dtype=torch.int64, device=device) if n_pairs is None else n_pairs
+    converged, spread = torch.ones(n, dtype=torch.bool, device=device), model.expected_covariance(user_ids)
     return Profiles(tuple(user_ids), model.expected(user_ids), spread, counts, converged, model.fingerprint())
 
 

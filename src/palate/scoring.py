@@ -64,11 +64,7 @@ class Scorer:
         features, place = self._features(prompt, responses)
         reward = self.model.score(features, self._weights(profile, features))[place]
         _, slopes = self.model.design(features)
-        covariance = None if profile is None else profile.covariance
-        prior = self.model.prior
-        if profile is None and prior is not None:
-            away = prior.mean - self.model.crowd_weights
-            covariance = prior.covariance + torch.outer(away, away)
+        covariance = self.model.crowd_covariance if profile is None else profile.covariance
         if covariance is None:
             if not slopes.shape[1]:
                 return reward, torch.zeros_like(reward)  # nothing about the user is unknown to a model without weights

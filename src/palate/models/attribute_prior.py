@@ -127,6 +127,14 @@ class AttributePrior(Hierarchical):
         """(U, K) the weights of users of whom no choice is known: the crowd's, moved by what is known of them."""
         return self.crowd_weights + self.shifts(users)[0]
 
+    def expected_covariance(self, users: Sequence[str]) -> Tensor | None:
+        """(U, K, K) the prior's second moment about `expected`: less where attributes are known."""
+        found, prior, informed = self.crowd_covariance, self.prior, self.informed
+        if found is None or prior is None or informed is None:
+            return found
+        known = self.shifts(users)[1]
+        return torch.where(known[:, None, None], found - prior.covariance + informed.covariance, found)
+
     def shifts(self, users: Sequence[str]) -> tuple[Tensor, Tensor]:
         """A a_i (U, K), 0 where nothing is known of a user, and (U,) whether anything is."""
         if self.effect.numel() == 0:

@@ -116,6 +116,19 @@ class RewardModel(nn.Module):
         """(U, K) the weights of users without choices: the crowd's, unless the model knows something else of them."""
         return self.crowd_weights.expand(len(users), -1)
 
+    @property
+    def crowd_covariance(self) -> Tensor | None:
+        """(K, K) the prior's second moment about the crowd's weights, from which its mean may be away; None without a prior."""
+        if self.prior is None:
+            return None
+        away = self.prior.mean - self.crowd_weights
+        return self.prior.covariance + torch.outer(away, away)
+
+    def expected_covariance(self, users: Sequence[str]) -> Tensor | None:
+        """(U, K, K) the same about `expected`, of users without choices."""
+        found = self.crowd_covariance
+        return None if found is None else found.expand(len(users), -1, -1)
+
     def score(self, features: Tensor, weights: Tensor) -> Tensor:
         """(N, F), (N, K) or (K,) -> (N,): the reward in natural log-odds (differences of it are margins). O(N K)."""
         offset, slopes = self.design(features)
