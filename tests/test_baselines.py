@@ -443,6 +443,13 @@ def test_the_same_bits_again_and_from_disk(name: str, groups: Planted, tmp_path:
         palate.margins(palate.fit(groups.train, palate.BradleyTerry()), groups.test_unseen, palate.adapt(loaded, groups.support))
 
 
+def test_neighbours_keep_nobody_unless_held_out_people_are_surely_better_off_or_it_is_asked_for() -> None:
+    few = two_groups(0, n_users=6, n_train=20, dim=8).train  # too few to hold anybody out
+    assert palate.fit(few, Neighbours()).n_weights == 0
+    assert palate.fit(few, Neighbours(2)).n_weights == 0
+    assert palate.fit(few, Neighbours(2, temperature=1.0)).n_weights == 6
+
+
 @pytest.mark.parametrize("make", [IndividualBT, lambda: IndividualBT(around_crowd=True), GroupBT, Neighbours])
 def test_few_users_few_choices_and_ties_are_no_obstacle(make: Make) -> None:
     one = EmbeddedPairs(np.eye(4), [0, 1, 2], [1, 2, 3], ["ada", "ada", "bo"], tie=[False, True, False])

@@ -17,7 +17,7 @@ from palate.errors import DataError
 from palate.models import attended, variational
 from palate.models.attended import Published
 from palate.models.variational import Problem, Settings
-from palate.models.vpl import VPL
+from palate.models.vpl import VPL, _Choice, _Part
 
 Floats = NDArray[np.float64]
 Fits = dict[str, VPL]
@@ -303,6 +303,23 @@ def test_held_out_users_choose_the_hidden_layer_where_tastes_bend() -> None:
     assert {row["hidden"] for row in chosen["curve"][1:]} == {0, 64}
     crowd_alone = per_user(palate.fit(train, palate.BradleyTerry(), seed=0), support, test)
     assert per_user(model, support, test).mean() > crowd_alone.mean() + 0.1
+
+
+def test_held_out_users_are_judged_by_the_weights_of_their_choices() -> None:
+    """A choice of weight two counts as the same choice twice, in what is chosen too."""
+    data = small(3, users=40, pairs=400)
+    twice = torch.arange(len(data)) % 3 == 0
+    plain = EmbeddedPairs(data.embeddings, data.chosen, data.rejected, data.users, weight=torch.where(twice, 50.0, 1.0).numpy())
+    choice = _Choice(VPL(2, hidden=0), plain, 0, lambda share, what: None)
+    part = _Part(choice, 0)
+    found = part.errors(None)
+    held, query = part.held.data, part.query
+    margin = held.differences().project((choice.scale * part.direction)[:, None])[:, 0]
+    size = margin[query].abs().median() / 3
+    wrong = torch.sigmoid(-margin / size) * held.weight * query
+    total = torch.zeros(len(held.user_ids), dtype=wrong.dtype)
+    expected = total.index_add(0, held.user_index, wrong) / total.index_add(0, held.user_index, held.weight * query)
+    torch.testing.assert_close(found.to(expected), expected, atol=1e-5, rtol=1e-5)
 
 
 # -- the published code

@@ -132,7 +132,8 @@ def _change(old: RewardModel, new: RewardModel) -> tuple[Tensor, Tensor]:
     size = torch.cat([before.bases, after.bases, crowd[:, None]], dim=1).double().norm(dim=1, keepdim=True)
     size = torch.where(size > 0, size, 1.0)
     inside = after.bases.double() / size
-    found = torch.linalg.lstsq(inside, wanted / size, driver="gelsd").solution
+    # On the processor, the only place that has a driver for columns which depend on each other.
+    found = torch.linalg.lstsq(inside.cpu(), (wanted / size).cpu(), driver="gelsd").solution.to(inside)
     left = (inside @ found - wanted / size).norm(dim=0)
     length = torch.cat([before.bases, crowd[:, None]], dim=1).double().div(size).norm(dim=0)
     if bool((left > SPANS * length).any()):

@@ -209,7 +209,9 @@ class _Growth:
         told = self.design.project(columns.to(self.scale)).double()
         # Uncorrelated over the learners' pairs, with the old bases too: the same span, and the prior stays as simple as it was.
         inside = state.slopes[rows]
-        turn = torch.linalg.lstsq(inside, told[rows], driver="gelsd").solution if inside.shape[1] else inside[:0].T @ told[:0]
+        turn = inside[:0].T @ told[:0]
+        if inside.shape[1]:  # on the processor, the only place that has a driver for columns which depend on each other
+            turn = torch.linalg.lstsq(inside.cpu(), told[rows].cpu(), driver="gelsd").solution.to(inside)
         told, raw = told - state.slopes @ turn, self.scale[:, None] * columns - state.bases.double() @ turn
         root = torch.linalg.qr(told[rows], mode="r")[1] / len(rows) ** 0.5
         if float(root.diagonal().abs().min()) < 1e-6:

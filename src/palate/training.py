@@ -76,7 +76,8 @@ def fit_with_profiles(
     if weights is None:
         return fitted, None
     counts = data.grouped().counts
-    return fitted, Profiles(data.user_ids, weights, None, counts, counts > 0, fitted.fingerprint())
+    proven = torch.zeros_like(counts, dtype=torch.bool)  # a number of steps proves no convergence
+    return fitted, Profiles(data.user_ids, weights, None, counts, proven, fitted.fingerprint())
 
 
 def check_finite(model: RewardModel) -> None:

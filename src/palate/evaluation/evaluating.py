@@ -148,5 +148,5 @@ def _mispredicted(margin: Tensor, test: EmbeddedPairs, labels: Labels, rows: Ten
     strict = torch.nonzero(~test.tie & (margin < 0))[:, 0]
     first = strict[torch.argsort(margin[strict], stable=True)[:N_MISPREDICTED]]
     users = [test.user_ids[u] for u in test.user_index[first].tolist()]
-    columns = zip(users, rows[first].tolist(), torch.sigmoid(margin[first]).tolist(), strict=True)
+    columns = zip(users, rows[first.cpu()].tolist(), torch.sigmoid(margin[first]).tolist(), strict=True)
     return tuple(Misprediction(labels.method, labels.seed, labels.cohort, *column) for column in columns)

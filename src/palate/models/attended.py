@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn.functional import leaky_relu
 
 from palate import likelihood
+from palate.data.embeddings import Embeddings
 from palate.data.pairs import EmbeddedPairs
 from palate.errors import DataError
 from palate.models.variational import SLOPE, Numbers, active_units
@@ -121,7 +122,7 @@ def published(data: EmbeddedPairs, way: Published, seed: int, progress: Callable
     if not len(asked):
         raise DataError(f"{len(strict)} strict choices of {len(strict.user_ids)} users, no two of one user; expected some")
     generator = torch.Generator().manual_seed(seed)
-    numbers, first = _start(data.embeddings.shape[1], way, generator, data.embeddings.dtype)
+    numbers, first = _start(data.embeddings, way, generator)
     numbers = {name: value.requires_grad_() for name, value in (numbers | {"first": first}).items()}
     optimiser = torch.optim.AdamW(numbers.values(), lr=way.rate, weight_decay=DECAY, fused=True)
     per_epoch = -(-len(asked) * way.copies // BATCH)
@@ -165,13 +166,14 @@ def _layer(values: Tensor, name: str, numbers: Numbers) -> Tensor:
     return values @ numbers[name] + numbers[f"{name} bias"]
 
 
-def _start(width: int, way: Published, generator: torch.Generator, dtype: torch.dtype) -> tuple[Numbers, Tensor]:
+def _start(table: Embeddings, way: Published, generator: torch.Generator) -> tuple[Numbers, Tensor]:
     """Every layer at U(-1, 1) / sqrt(inputs), weights and bias, as PyTorch begins."""
 
     def uniform(size: tuple[int, ...], inputs: int) -> Tensor:
         found: Tensor = (2 * torch.rand(*size, generator=generator) - 1) / math.sqrt(inputs)
-        return found.to(dtype)
+        return found.to(table.device, table.dtype)
 
+    width = table.shape[1]
     into_reward, into_pair = width + way.latent, 2 * width
     shapes = sizes(way)
     inputs = {name: shapes[name.removesuffix(" bias")][0] for name in shapes if not name.startswith(("pair1", "reward1"))}

@@ -37,8 +37,8 @@ class Neighbours(WholeRewards, RewardModel):
     **This model holds users**, which no other one does: the reward vectors of up to `most` seen users, in an order drawn by the
     seed and without their ids. A vector says what one person likes, so whoever has the model has that. The record says so too.
 
-    Where held-out seen users are not surely better off than with the crowd's reward nobody is kept and the model is
-    Bradley-Terry.
+    Where held-out seen users are not surely better off than with the crowd's reward, or nobody can be held out, nobody is kept
+    and the model is Bradley-Terry. With `k` and `temperature` both given there is nothing to choose: users are kept unasked.
 
     Args:
         k: neighbours of a user; None chooses among `NEAREST` on held-out seen users, by log loss.
@@ -88,7 +88,7 @@ class Neighbours(WholeRewards, RewardModel):
         nearest = NEAREST if self.k is None else (self.k,)
         sharpness = SHARPNESS if self.temperature is None else (1 / self.temperature,)
         candidates = [(k, sharp) for k in nearest for sharp in sharpness]
-        chosen, personal = (nearest[len(nearest) // 2], sharpness[len(sharpness) // 2]), len(data.user_ids) > 1
+        chosen, personal = (nearest[len(nearest) // 2], sharpness[len(sharpness) // 2]), False
         record: dict[str, Any] = {"crowd": meeting.record}
         if meeting.folds and len(candidates) > 1:
             losses = torch.full((1 + len(candidates), len(data.user_ids)), torch.nan, dtype=torch.float64)
@@ -101,6 +101,8 @@ class Neighbours(WholeRewards, RewardModel):
             best = min(range(1, len(curve)), key=lambda i: (curve[i] != curve[i], curve[i]))  # what nobody measured comes last
             personal = trials.surely_below(losses[best], losses[0])
             chosen = candidates[best - 1] if personal else chosen
+        elif len(candidates) == 1:
+            personal = len(data.user_ids) > 1
         rewards, k, sharp = meeting.direction[:, None], 1, 0.0
         if personal:
             progress(0.8, "neighbours")
