@@ -39,6 +39,7 @@ from palate.judges.judging import judged
 from palate.judges.layout import laid_out
 from palate.judges.ledger import Ledger, Prices, Usage
 from palate.judges.memory import Abstract, Raw, Shown
+from palate.judges.plus import Summaries
 from palate.judges.reasoning import Reasoning
 from palate.judges.reward import PlusReward
 from palate.report import write_report
@@ -427,6 +428,32 @@ def test_a_server_that_is_down_is_given_up(server: JudgeServer) -> None:
     out = chat(server, limits=Limits(retries=0), workers=2).ask_all(questions(100))
     assert all(isinstance(one, ChatError) and "down" in str(one) for one in out)
     assert GIVE_UP_AFTER <= len(server.seen) <= GIVE_UP_AFTER + 2
+
+
+@LOCAL
+@pytest.mark.parametrize(
+    ("make", "a_user"), [(InContext, 6), (lambda asked: InContext(asked, memory=Abstract(Summaries(asked))), 7)]
+)
+@pytest.mark.parametrize(("failure", "more"), [(Status(401, {}, "no such key"), 1), (Status(503, {}, "down"), GIVE_UP_AFTER)])
+def test_a_server_that_was_given_up_is_asked_nothing_by_later_users(
+    server: JudgeServer, make: Callable[[Chat], Judge], a_user: int, failure: Status, more: int
+) -> None:
+    """8 in a row are more than a user has requests, and each would cost its retries once a user."""
+    support, test = planted(20)
+    server.answer = lambda body: answered(body) if len(server.seen) <= 2 * a_user else failure
+    account = Ledger(max_calls=1000)
+    judge = make(chat(server, limits=Limits(retries=0), workers=1, ledger=account))
+    out = judged(judge, support, test, ledger=account)
+    assert len(server.seen) == account.calls == 2 * a_user + more
+    assert out.evaluation.columns["user"].tolist() == ["u0", "u1"]
+    assert out.not_judged == 54
+    assert "54 of 60 questions were not judged" in out.evaluation.failures[0].message
+    last = out.verdicts[-1]
+    assert last is not None
+    assert f"not asked, because the server fails: {server.url}" in str(last.reason)
+    assert failure.text in str(last.reason)
+    server.answer = answered
+    assert accuracy(judge, support, test, ledger=account) == [1.0] * 20  # the next run tries again
 
 
 @LOCAL

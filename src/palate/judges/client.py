@@ -9,8 +9,10 @@ import hashlib
 import json
 import os
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -132,7 +134,7 @@ class Chat:
 
         A request that fails leaves a `ChatError` in its place and the others go on; but once the server denies the key or the
         model, or 8 requests in a row fail with all their retries, those not yet begun fail with the same words. Failures are
-        not cached, so the next call asks for them again.
+        not cached, so the next call asks for them again, unless both are of `one_run` and the server was given up.
 
         Raises:
             DataError: a request that cannot be sent, or OpenAI's own address without a key.
@@ -176,7 +178,9 @@ class Chat:
         return None if kept is None else Reply(**kept, cached=True)
 
     def _sent(self, asked: Sequence[_Asked]) -> dict[str, Reply | ChatError]:
-        stop, breaker, client = threading.Event(), _Breaker(), self.server.client()
+        breakers = _breakers.get()
+        breaker = _Breaker() if breakers is None else breakers.setdefault(self, _Breaker())
+        stop, client = threading.Event(), self.server.client()
         with self.ledger.timed(), ThreadPoolExecutor(self.server.limits.concurrent) as pool:
             futures = {one.key: pool.submit(self._answered, client, one, stop, breaker) for one in asked}
             try:
@@ -226,6 +230,19 @@ class _Breaker:
             self._in_a_row += not refused  # a refused request is about itself: the server is well
             if error.status in DENIED or self._in_a_row >= GIVE_UP_AFTER:
                 self.words = self.words or str(error)
+
+
+_breakers: ContextVar[dict[Chat, _Breaker] | None] = ContextVar("_breakers", default=None)  # of the run that this thread is in
+
+
+@contextmanager
+def one_run() -> Iterator[None]:
+    """Inside, all calls of a `Chat` share what it learnt of its server: once given up, it is not asked again before the end."""
+    token = _breakers.set({})
+    try:
+        yield
+    finally:
+        _breakers.reset(token)
 
 
 def _understood(text: str) -> tuple[Usage, Reply | ChatError]:

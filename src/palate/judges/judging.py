@@ -19,6 +19,7 @@ from palate.evaluation.facts import Cell, Failure, Run
 from palate.evaluation.metrics import N_BINS, calibration, user_metrics
 from palate.evaluation.result import ALL, COLUMNS, Evaluation, Shots
 from palate.judges.base import Answer, Brief, Judge, Question, Verdict, shuffled
+from palate.judges.client import one_run
 from palate.judges.ledger import Ledger
 
 SUREST = 1e-6  # a stated probability of 0 or 1 counts as this far from it
@@ -80,7 +81,8 @@ def judged(
     Per user: `accuracy` over the strict choices, where p_first = .5 and an unreadable answer count half; `auc` of p_first; and
     `log_loss` in nats where the judge is `probabilistic`, an unreadable answer counting as one half, else NaN. A labelled tie is
     only asked where it counts, in the log loss. The judge never learns which response was chosen, not even from the order: which
-    one is asked about first is drawn from the two texts. Users whose study was cut short are not judged without it.
+    one is asked about first is drawn from the two texts. Users whose study was cut short are not judged without it. A server that
+    a `Chat` gave up is asked nothing more before the end of this call.
 
     Args:
         judge: the judge.
@@ -106,12 +108,13 @@ def judged(
     verdicts: list[Verdict | None] = [None] * len(test)
     known: dict[str, Brief] = {}
     in_turn = ledger is not None and ledger.limited
-    for users in [[user] for user in test.user_ids] if in_turn else [list(test.user_ids)]:
-        own = None if past is None or briefs is not None else _of(past, users)
-        found = briefs or {} if own is None else judge.study(own) if len(own) else {}
-        cut_short = {} if own is None else {user: _unstudied(judge, user) for user in own.user_ids if user not in found}
-        known |= {user: found[user] for user in users if user in found}
-        _tell(judge, test, users, known, cut_short, verdicts)
+    with one_run():
+        for users in [[user] for user in test.user_ids] if in_turn else [list(test.user_ids)]:
+            own = None if past is None or briefs is not None else _of(past, users)
+            found = briefs or {} if own is None else judge.study(own) if len(own) else {}
+            cut_short = {} if own is None else {user: _unstudied(judge, user) for user in own.user_ids if user not in found}
+            known |= {user: found[user] for user in users if user in found}
+            _tell(judge, test, users, known, cut_short, verdicts)
     seconds = time.perf_counter() - began
     counts = _counts(past, test)
     labels = {"data_set": data_set, "method": method or type(judge).__name__, "seed": seed, "cohort": cohort, "shots": shots}
