@@ -34,7 +34,7 @@ from palate.evaluation.facts import Failure
 from palate.judges.base import Answer, Brief, Demo, Judge, Question, Verdict, demos_of, edited, load_briefs, save_briefs, shuffled
 from palate.judges.choosing import InContext
 from palate.judges.client import GIVE_UP_AFTER, Chat, ChatError, Reply, Request
-from palate.judges.fences import Fence
+from palate.judges.fences import Fence, spoken
 from palate.judges.judging import judged
 from palate.judges.layout import laid_out
 from palate.judges.ledger import Ledger, Prices, Usage
@@ -953,13 +953,44 @@ def test_one_text_is_no_list_of_responses() -> None:
 
 
 @LOCAL
-def test_what_a_model_thinks_to_itself_is_in_no_critique_and_no_thought(server: JudgeServer) -> None:
-    server.answer = lambda body: f"<think>\nThe user, hm.\n\nOr not?\n</think>\n\n{answered(body)}"
+@pytest.mark.parametrize("opening", ["<think>\n", ""])
+def test_what_a_model_thinks_to_itself_is_in_no_critique_and_no_thought(server: JudgeServer, opening: str) -> None:
+    server.answer = lambda body: f"{opening}The user, hm.\n\nOr not?\n</think>\n\n{answered(body)}"
     judge = Reasoning(chat(server))
     (found,) = judge.assess(None, "Lunch?", ["Bread."])
     assert (found.critique, found.critiques) == ("A critique.", ("A critique.",))
     assert judge.judge(None, "Lunch?", "tea", "rain").thought == "The user counts words."
     assert InContext(chat(server)).judge(None, "Lunch?", "tea", "rain").thought == ""
+    server.answer = lambda body: f"{opening}The user likes rain.\n</think>\n\nRain."
+    assert judge.refine("Hm?", "tea", "Too short.") == "Rain."
+
+
+@pytest.mark.parametrize(
+    ("answer", "said"),
+    [
+        ("<think>\nHm.\n</think>\n\nRain.", "Rain."),
+        ("\n<think></think>Rain.", "Rain."),
+        ("<think>Hm.</think>Rain ends in </think>. So.", "Rain ends in </think>. So."),
+        ("<think>Hm.</think>Rain, <think>so</think> tea.", "Rain, <think>so</think> tea."),
+        ("<think>Hm. `</think>` Or not?", "` Or not?"),  # a pair ends where it always did
+        ("<think>Hm.", ""),
+        ("Hm.\n\nOr not?\n</think>\n\nRain.", "Rain."),
+        ("Hm.</think>Rain.", "Rain."),
+        ("</think>Rain.", "Rain."),
+        ("Hm.</think>", ""),
+        ("Hm.</think>Rain ends in </think>. So.", "Rain ends in </think>. So."),
+        ("Hm.</think>Rain, <think>so</think> tea.", "Rain, <think>so</think> tea."),
+        ("It says `</think>`, hm.</think>Rain.", "Rain."),
+        ("Close it with `</think>`. So.", "Close it with `</think>`. So."),
+        ("The user wrote \"</think>\" and '</think>'.", "The user wrote \"</think>\" and '</think>'."),
+        ("Rain, <think>so</think> tea.", "Rain, <think>so</think> tea."),
+        ("Write `<think>`, a thought, </think>.", "Write `<think>`, a thought, </think>."),
+        ("Rain.", "Rain."),
+        ("", ""),
+    ],
+)
+def test_thinking_ends_at_its_tag_and_nothing_after_it_is_lost(answer: str, said: str) -> None:
+    assert spoken(answer) == said
 
 
 def test_every_judge_is_a_judge_and_a_turned_verdict_turns_back() -> None:

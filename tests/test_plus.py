@@ -126,6 +126,7 @@ def server() -> Iterator[JudgeServer]:
         ("##Summary\nLikes tea. Hates ra", True, "Likes tea.", True),
         ("##Summary\nOne two three. Four five six. Seven", False, "One two three. Four five six.", True),
         ("<think>\n##Summary\nWrong.\n</think>\n##Summary\nLikes tea.", False, "Likes tea.", False),
+        ("##Summary\nWrong.\n</think>\nLikes tea.", False, None, None),
         ("<think>\n##Summary\nLikes tea. No end", True, None, None),
         ("##Summary", False, None, None),
         ("##Summary  \n\n  ", False, None, None),

@@ -287,8 +287,9 @@ def test_a_persona_that_is_cut_off_ends_with_a_sentence(server: JudgeServer) -> 
     assert sum(is_persona(body) for body in server.seen) == judge.tries
 
 
-def test_what_a_model_thinks_to_itself_is_no_persona(server: JudgeServer) -> None:
-    thinking = "<think>\nThe user likes rain, or not?\n</think>\n\nlikes: tea"
+@pytest.mark.parametrize("opening", ["<think>\n", ""])
+def test_what_a_model_thinks_to_itself_is_no_persona(server: JudgeServer, opening: str) -> None:
+    thinking = f"{opening}The user likes rain, or not?\n</think>\n\nlikes: tea"
     server.answer = lambda body: thinking if is_persona(body) else said(body, truth(body))
     assert SynthesizeMe(Chat("stub", base_url=server.url)).study(people(1))["u0"].text == "likes: tea"
 
