@@ -381,6 +381,8 @@ def test_broken_json_fails_alone_and_half_a_body_is_no_answer(server: JudgeServe
     assert (asked.ledger.calls, asked.ledger.unmetered) == (5, 1)
     with pytest.raises(DataError, match="1 of 5 answers came without a count"):  # it was paid for, nobody knows how much
         asked.ledger.cost(Prices(1.0, 1.0))
+    counted = asked.ledger.prompt_tokens + asked.ledger.completion_tokens
+    assert asked.ledger.cost(Prices(1e6, 1e6), at_least=True) == counted > 0
 
 
 @LOCAL
@@ -1052,6 +1054,32 @@ def test_the_command_judges_stops_at_its_budget_and_goes_on(
     verdicts = [json.loads(line) for line in (out / "verdicts.jsonl").read_text().splitlines()]
     assert [verdict["p_chosen"] for verdict in verdicts] == [pytest.approx(0.8)] * 20
     assert len(load_briefs(out / "briefs.jsonl")) == 5
+
+
+@LOCAL
+@pytest.mark.parametrize("budget", [(), ("--max-calls", 11)])
+def test_the_command_says_what_its_cost_leaves_out_and_goes_on(
+    server: JudgeServer, judge_command: Callable[..., tuple[int, str, str]], tmp_path: Path, budget: tuple[str | int, ...]
+) -> None:
+    rows = rows_of(planted(10, 16)[0], tmp_path / "rows.jsonl")
+    whole = [0, 0]
+
+    def raw(text: bytes) -> bytes:
+        if len(server.seen) == 3:
+            return text[: len(text) // 2]  # it is asked again
+        usage = json.loads(text)["usage"]
+        whole[:] = whole[0] + usage["prompt_tokens"], whole[1] + usage["completion_tokens"]
+        return text
+
+    server.raw = raw
+    command = (rows, "--base-url", server.url, "--model", "stub", "--out", tmp_path / "out", "--method", "reasoning")
+    code, text, err = judge_command(*command, "--price", "100,200", "--workers", 1, *budget)
+    n = 11 if budget else 41
+    assert len(server.seen) == n
+    cost = (100 * whole[0] + 200 * whole[1]) / 1e6
+    assert f"cost at least {cost:.4f}: 1 of {n} answers came without a count of their tokens" in err
+    assert (code, "questions were not judged" in err) == ((1, True) if budget else (0, False))
+    assert "1.000" in text
 
 
 @LOCAL

@@ -238,7 +238,9 @@ def judge(
     counts = account.as_dict()
     terminal.note(", ".join(f"{name.replace('_', ' ')} {value}" for name, value in counts.items()))
     if prices is not None:
-        terminal.note(f"cost {account.cost(prices):.4f}")
+        cost = f"{account.cost(prices, at_least=True):.4f}"
+        left_out = f"{account.unmetered} of {account.calls} answers came without a count of their tokens"
+        terminal.note(f"cost at least {cost}: {left_out}" if account.unmetered else f"cost {cost}")
     if found.not_judged:
         terminal.note(found.evaluation.failures[0].message)
     if found.evaluation.failures:

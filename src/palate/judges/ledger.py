@@ -109,14 +109,17 @@ class Ledger:
                 if not self._waiting:
                     self.seconds += monotonic() - self._began
 
-    def cost(self, prices: Prices) -> float:
-        """Money for all calls so far. Raises `DataError` where a server did not count, or for prices that are none."""
+    def cost(self, prices: Prices, *, at_least: bool = False) -> float:
+        """Money for all calls so far, or with `at_least` for the tokens that servers counted, whatever else was spent.
+
+        Raises `DataError` for prices that are none, and without `at_least` where a server did not count.
+        """
         if not all(0 <= price < math.inf for price in prices):
             raise DataError(f"prices are {tuple(prices)}; expected money for a million prompt and a million completion tokens")
-        if self.unmetered:
+        if self.unmetered and not at_least:
             raise DataError(
                 f"{self.unmetered} of {self.calls} answers came without a count of their tokens, so their cost is not known; "
-                "ask a server that sends `usage`"
+                "ask a server that sends `usage`, or for the cost of the others with at_least=True"
             )
         return (prices.prompt * self.prompt_tokens + prices.completion * self.completion_tokens) / 1e6
 
