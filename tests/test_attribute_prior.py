@@ -280,6 +280,16 @@ def test_columns_of_numbers_and_words() -> None:
     assert not numbers[11].any()
 
 
+def test_ids_are_texts_as_choices_have_them(matters: World) -> None:
+    """`frame.to_dict('index')` has numbers for ids where the frame has; the choices of the same people have texts."""
+    attributes = {number: {"age": 1.0} for number in range(3)}
+    assert list(AttributePrior(attributes).attributes) == ["0", "1", "2"]  # type: ignore[arg-type]
+    with pytest.raises(DataError, match="the attributes have user '1' twice"):
+        AttributePrior({1: {"age": 1.0}, "1": {"age": 2.0}})  # type: ignore[dict-item]
+    with pytest.raises(DataError, match="those of 3 users, such as '0', and none of them made a choice; expected those of the"):
+        palate.fit(matters.train, AttributePrior(attributes, base=Hierarchical(1, bend=0, kappa=1.0)))  # type: ignore[arg-type]
+
+
 def test_a_number_that_is_everybodys_moves_nobody() -> None:
     table, _ = encoded({f"u{i}": {"height": 1.7} for i in range(6)}, [f"u{i}" for i in range(6)], (Column("height", None),))
     centre, size = moments(table, (Column("height", None),))

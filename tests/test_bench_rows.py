@@ -285,7 +285,7 @@ def test_rows_go_by_their_labels(argilla: Path) -> None:
 
     for wrong in ("rows=", "rows=x,name=", "prism=x,by=prompt", "polis=x,name=mine", "rows=x,by=pair,by=item"):
         with pytest.raises(
-            DataError, match=r"--data is .*; expected one of .*rows=PATH.*,by=UNIT and ,name=LABEL behind that of rows"
+            DataError, match=r"--data is .*; expected one of .*rows=PATH.*,by=UNIT, ,name=LABEL and .* behind that of rows"
         ):
             protocols.source(wrong, palate.load_encoder)
     with pytest.raises(DataError, match=r"with by 'user'; expected one of conversation, prompt, item, pair"):
@@ -321,6 +321,21 @@ def test_prepared_sets_stand_side_by_side(
         for seed in (0, 1)
     ]
     assert same[0] == same[1]
+
+
+def test_a_taste_for_a_format_is_no_leak_where_it_is_said(tmp_path: Path) -> None:
+    rng, rows = np.random.default_rng(0), []
+    for user in range(12):
+        for number in range(20):
+            sides = [f"- {say(rng)}\n- {say(rng)}", say(rng)]  # a list, and a sentence
+            chosen, rejected = sides if rng.random() < 0.85 else sides[::-1]
+            rows.append({"user_id": f"u{user}", "prompt": f"Q {user} {number}?", "chosen": chosen, "rejected": rejected})
+    told = f"rows={jsonl(tmp_path / 'lists.jsonl', rows)},encoder=style"
+    with pytest.raises(LeakError, match=r"or ,believe-format=yes behind rows=FILE of palate bench"):
+        protocols.source(told, palate.load_encoder).draw(0)
+    assert len(protocols.source(f"{told},believe-format=yes", palate.load_encoder).draw(0).data) > 100
+    with pytest.raises(DataError, match=r"and ,believe-format=yes behind that of rows"):
+        protocols.source(f"{told},believe-format=maybe", palate.load_encoder)
 
 
 def test_two_of_one_label_are_refused(argilla: Path, command: Callable[..., Any], tmp_path: Path) -> None:

@@ -31,7 +31,8 @@ def bench(
         list[str] | None,
         typer.Option(
             help="polis=FOLDER, convarg=ROWS, prism=ROWS, or rows=FILE for any other choices, with ,encoder=SPEC and "
-            ",attributes=FILE behind where you wish, and ,name=LABEL and ,by=conversation|prompt|item|pair behind rows=FILE; "
+            ",attributes=FILE behind where you wish, and ,name=LABEL, ,by=conversation|prompt|item|pair and "
+            ",believe-format=yes behind rows=FILE; "
             "attributes, two-groups, one-crowd or personalllm:alpha=A; may be given several times.",
             show_default=False,
         ),

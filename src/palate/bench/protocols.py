@@ -132,11 +132,22 @@ RECIPES: Mapping[str, Recipe] = {
 class Texts:
     """Choices in text, prepared by a recipe, or as their own `split` column says, and embedded once.
 
-    Raises `DataError` for a split column that cannot be used, and where there are too few users.
+    `believe_format` as in `check_leaks`. Raises `DataError` for a split column that cannot be used, and where there are too few
+    users.
     """
 
-    def __init__(self, name: str, pairs: PairSet, recipe: Recipe, encoder: Encoder, people: Table | None = None):
+    def __init__(
+        self,
+        name: str,
+        pairs: PairSet,
+        recipe: Recipe,
+        encoder: Encoder,
+        people: Table | None = None,
+        *,
+        believe_format: bool = False,
+    ):
         self.name, self.recipe, self.encoder, self.given = name, recipe, encoder, is_given(pairs)
+        self.believe_format = believe_format
         self.pairs = pairs if self.given else recipe.keep(pairs)
         if not len(self.pairs):
             raise DataError(f"{name}: none of the users has enough choices for the benchmark; docs/bench.md says what it takes")
@@ -166,7 +177,7 @@ class Texts:
         parts = drawn(self.pairs, by=self.by, max_support=most, max_test=tests, min_support=least, seed=seed)
         if not self.given and not len(parts.test_unseen):
             raise self._alone(f" with enough choices on both sides, split by {self.by}")
-        check_leaks(self.pairs, parts, by=self.by)
+        check_leaks(self.pairs, parts, by=self.by, believe_format=self.believe_format)
         if callable(recipe.by):  # nobody said by what: dialogues stay whole, also those of some of the choices only
             check_conversations(self.pairs, parts)
         if prompts not in self._embedded:
@@ -290,7 +301,8 @@ def source(text: str, encoder: Callable[[str], Encoder], say: Callable[[str], No
     """The data set that a text names: `polis=FOLDER`, `prism=ROWS,encoder=minilm+style`, `attributes`, `personalllm:alpha=.01`.
 
     `rows=FILE` is any file of choices, such as `palate data prepare` writes. Behind it `,name=LABEL` replaces its own, and
-    `,by=UNIT` says what a user's two sides must not share (else `usual_unit`). Behind any path `,attributes=FILE` names what is
+    `,by=UNIT` says what a user's two sides must not share (else `usual_unit`); `,believe-format=yes` takes it for taste, not for
+    a leak, if formatting alone tells the choices. Behind any path `,attributes=FILE` names what is
     known of the people (`known.of_file`). `encoder` makes the encoder that a spec names; `say` is told how many rows are bad,
     where some are. Reading a file takes seconds; nothing is embedded before the first draw.
 
@@ -305,14 +317,15 @@ def source(text: str, encoder: Callable[[str], Encoder], say: Callable[[str], No
     if name == "personalllm:alpha":
         alpha = _number(rest, text)
         return World(f"personalllm, alpha {alpha:g}", lambda seed: one_table(personalllm(alpha, seed), 8))
-    path, *behind = re.split(",(encoder|attributes|by|name)=", rest)
+    path, *behind = re.split(",(encoder|attributes|by|name|believe-format)=", rest)
     told = dict(zip(behind[::2], behind[1::2], strict=True))
     any_rows = name == "rows"
     wrong = not given or not path or not all(told.values()) or 2 * len(told) < len(behind)
-    if wrong or name not in (*RECIPES, "rows") or (not any_rows and told.keys() & {"by", "name"}):
+    wrong = wrong or told.get("believe-format", "yes") != "yes"
+    if wrong or name not in (*RECIPES, "rows") or (not any_rows and told.keys() & {"by", "name", "believe-format"}):
         raise DataError(
             f"--data is {text!r}; expected one of {_KNOWN}, PATH with ,encoder=SPEC and ,attributes=FILE behind it as you wish, "
-            "and with ,by=UNIT and ,name=LABEL behind that of rows"
+            "and with ,by=UNIT, ,name=LABEL and ,believe-format=yes behind that of rows"
         )
     by = next((unit for unit in _UNITS if unit == told.get("by")), None)
     if "by" in told and by is None:
@@ -323,7 +336,8 @@ def source(text: str, encoder: Callable[[str], Encoder], say: Callable[[str], No
     recipe = _of_any_rows(by, pairs) if any_rows else RECIPES[name]
     people = known.of_file(Path(told["attributes"]), pairs.user_ids) if "attributes" in told else None
     label = told.get("name", Path(path).resolve().name) if any_rows else name
-    return Texts(label, pairs, recipe, encoder(told.get("encoder", recipe.encoder)), people)
+    made = encoder(told.get("encoder", recipe.encoder))
+    return Texts(label, pairs, recipe, made, people, believe_format="believe-format" in told)
 
 
 def _number(given: str, text: str) -> float:

@@ -142,7 +142,8 @@ def _probe(pairs: PairSet, rows: Ints, believe_format: bool) -> LeakReport:
         raise LeakError(
             f"formatting alone tells chosen from rejected in {found:.0%} of the pairs (believable: {MAX_FORMAT_ACCURACY:.0%}): "
             f"the {side} side more often {has}{_NAMES[worst]}, as in rows {examples}; "
-            "write both sides with the same code; if people really prefer it so, say so (believe_format=True, --believe-format)"
+            "write both sides with the same code; if people really prefer it so, say so (believe_format=True, --believe-format, "
+            "or ,believe-format=yes behind rows=FILE of palate bench)"
         )
     return LeakReport("", found, accuracy(bucket), n)
 

@@ -32,7 +32,8 @@ def load_personas(
         first_wins: the preference that says `response_1` is better; give 0.0 if your files mean it the other way round.
 
     Raises:
-        DataError: a column that is not there, no good row, a persona on both sides of seen and unseen, or two texts of one index.
+        DataError: a column that is not there, no good row, a persona on both sides of seen and unseen. A row whose index had
+            another text earlier in its part is a bad row.
     """
     if first_wins not in (0.0, 1.0):
         raise DataError(f"first_wins is {first_wins}; expected 1.0 (a preference of 1 is for response_1) or 0.0")

@@ -62,7 +62,7 @@ class AttributePrior(Hierarchical):
 
     Raises:
         DataError: no such mapping; attributes that are neither finite numbers nor words, or both; a negative effect; a base that
-            is a blend.
+            is a blend; when fitted, attributes of nobody who chose.
     Cost: that of `Hierarchical`, and a few posteriors of the seen users.
     """
 
@@ -152,6 +152,11 @@ class AttributePrior(Hierarchical):
     def fitted(self, data: EmbeddedPairs, *, seed: int, progress: Progress) -> tuple["AttributePrior", None]:
         base = Hierarchical.from_options(self.options()["base"])
         found, _ = base.fitted(data, seed=seed, progress=lambda share, what: progress(0.9 * share, what))
+        if self.attributes and not any(user in self.attributes for user in data.user_ids):
+            raise DataError(
+                f"the attributes are those of {len(self.attributes)} users, such as {next(iter(self.attributes))!r}, and none of "
+                f"them made a choice; expected those of the {len(data.user_ids)} users, such as {data.user_ids[0]!r}"
+            )
         columns, rare = columns_of(self.attributes, data.user_ids)
         table, known = encoded(self.attributes, data.user_ids, columns)
         record: dict[str, Any] = {"hierarchical": found.record["selection"]}
@@ -317,8 +322,8 @@ class Column(NamedTuple):
 
 
 def _checked(attributes: Table) -> Table:
-    """A copy with numbers as floats. Raises `DataError` for another shape, and for what is neither a finite number nor a word, or
-    both."""
+    """A copy with numbers as floats and ids as texts, as choices have them. Raises `DataError` for another shape, for two ids of
+    one text, and for what is neither a finite number nor a word, or both."""
     if not isinstance(attributes, Mapping):
         raise DataError(
             f"attributes are {attributes!r:.60} ({type(attributes).__name__}); expected a mapping from user ids to attributes, "
@@ -332,7 +337,9 @@ def _checked(attributes: Table) -> Table:
                 f"the attributes of user {user!r} are {mine!r:.60} ({type(mine).__name__}); expected a mapping from names to "
                 "numbers and words, such as {'age': 41, 'region': 'north'}"
             )
-        out[user] = {}
+        if str(user) in out:
+            raise DataError(f"the attributes have user {user!r} twice, as a text and as another; expected each id once")
+        own = out[str(user)] = {}
         for name, value in mine.items():
             if not isinstance(value, str):
                 try:
@@ -346,7 +353,7 @@ def _checked(attributes: Table) -> Table:
                     )
             if kinds.setdefault(name, type(value)) is not type(value):
                 raise DataError(f"attribute {name!r} is a number for some users and a word for {user!r}; expected one of the two")
-            out[user][name] = value
+            own[name] = value
     return out
 
 
