@@ -23,6 +23,7 @@ from palate.models.groups import GroupBT, grouped, membership
 from palate.models.individual import IndividualBT
 from palate.models.neighbours import KEPT, Neighbours, agreement, kept, mixed
 from palate.models.people import Meeting
+from palate.models.validation import edge, surely_below
 from palate.solvers import Batch, newton
 
 Floats = NDArray[np.float64]
@@ -114,13 +115,21 @@ def test_a_trial_is_a_flat_loop_over_users_and_shots() -> None:
         assert float(alone[u]) == pytest.approx(crowd_alone)
 
 
+def test_the_edge_of_the_smoothed_error_follows_the_scale_of_the_margins() -> None:
+    margins = torch.tensor([-3.0, 0.3, 6.0])
+    assert float(edge(margins)) == 1.0  # a third of the median size, 3
+    torch.testing.assert_close(edge(1e4 * margins), 1e4 * edge(margins))
+    assert float(edge(torch.zeros(3))) > 0  # nothing is divided by nothing
+    assert float(edge(margins[:0])) == 1.0
+
+
 def test_surely_below_is_by_a_standard_error_of_paired_users() -> None:
     nobody = torch.full((9,), torch.nan)
     base = torch.arange(9.0)
-    assert trials.surely_below(base - 0.1, base)
-    assert not trials.surely_below(base, base)
-    assert not trials.surely_below(base + torch.tensor([-1.0, 1, -1, 1, -1, 1, -1, 1, -0.1]), base)
-    assert not trials.surely_below(nobody, base)
+    assert surely_below(base - 0.1, base)
+    assert not surely_below(base, base)
+    assert not surely_below(base + torch.tensor([-1.0, 1, -1, 1, -1, 1, -1, 1, -0.1]), base)
+    assert not surely_below(nobody, base)
     assert np.isnan(trials.mean(nobody))
 
 

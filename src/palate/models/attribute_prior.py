@@ -16,6 +16,7 @@ from palate.data.pairs import EmbeddedPairs
 from palate.errors import DataError
 from palate.models import crowd, trials
 from palate.models.hierarchical import Hierarchical
+from palate.models.validation import surely_below
 from palate.priors import Prior
 from palate.solvers import Batch, Solution, batches, posterior
 
@@ -192,7 +193,7 @@ class AttributePrior(Hierarchical):
         curve = [trials.mean(row) for row in losses]
         record |= {"effects": [0.0, *EFFECTS], "log_loss": curve}
         best = min(range(len(curve)), key=lambda i: (curve[i] != curve[i], curve[i]))  # what nobody measured comes last
-        return (0.0, *EFFECTS)[best] if trials.surely_below(losses[best], losses[0]) else 0.0
+        return (0.0, *EFFECTS)[best] if surely_below(losses[best], losses[0]) else 0.0
 
 
 class _Learning:

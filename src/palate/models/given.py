@@ -24,7 +24,7 @@ from palate.errors import DataError
 from palate.models import crowd
 from palate.models.base import Inference, Newton, RewardModel, Simplex
 from palate.models.population import Expectation
-from palate.models.validation import halves, position
+from palate.models.validation import edge, halves, position, surely_below
 from palate.priors import Prior
 from palate.solvers import Batch, Solution, batches, posterior
 
@@ -248,7 +248,7 @@ class _Estimation:
         if open_question:
             kind = "signed" if losses["signed"][1].nanmean() < losses["simplex"][1].nanmean() else "simplex"
             measures = list(zip(losses[kind], losses["crowd"], strict=True))
-            if not any(_surely_less(*pair) for pair in measures) or any(_surely_less(*pair[::-1]) for pair in measures):
+            if not any(surely_below(*pair) for pair in measures) or any(surely_below(*pair[::-1]) for pair in measures):
                 kind = None
         self.progress(0.8, "everybody's weights")
         population = _Population()
@@ -349,7 +349,7 @@ class _Estimation:
         return out
 
     def _losses(self, population: _Population, fold: int, held: Tensor) -> Tensor:
-        """(2, held-out users) over `SHOTS`; the error is the mean of sigma(-margin / s), s a third of the median margin."""
+        """(2, held-out users) over `SHOTS`: log loss and smoothed error (`validation.edge`)."""
         data, held = self.data, held.to(self.z.device)
         row = torch.full((len(data.user_ids),), -1, device=self.z.device)
         row[held] = torch.arange(len(held), device=self.z.device)
@@ -365,14 +365,7 @@ class _Estimation:
                 for rows in batches(data.grouped().counts[held], self.z.shape[1]):
                     weights[rows] = population.weights(self._batch(held[rows], self.place < shots))
             margin = (self.z[mine] * weights[user]).sum(1)
-            sure = margin.abs()[strict > 0]
-            size = sure.median().clamp(min=1e-12) / 3 if len(sure) else 1.0
-            losses = [likelihood.nll(margin, tie) * told, likelihood.probability(-margin / size) * strict]
+            wrong = likelihood.probability(-margin / edge(margin[strict > 0]))
+            losses = [likelihood.nll(margin, tie) * told, wrong * strict]
             out.index_add_(0, user, torch.stack(losses, dim=1) * counts)
         return (out / torch.zeros_like(out).index_add_(0, user, torch.stack([told, strict], dim=1))).T
-
-
-def _surely_less(ours: Tensor, theirs: Tensor) -> bool:
-    """Whether the mean paired difference of the users who have both is below zero by more than its standard error."""
-    away = (ours - theirs)[~torch.isnan(ours - theirs)]
-    return len(away) > 1 and float(away.mean()) < -float(away.std()) / len(away) ** 0.5

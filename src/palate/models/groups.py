@@ -19,6 +19,7 @@ from palate.models import trials
 from palate.models.base import Inference, RewardModel
 from palate.models.bilinear import Owners
 from palate.models.people import Meeting, People, WholeRewards
+from palate.models.validation import surely_below
 from palate.priors import Prior
 from palate.solvers import Batch, Solution
 
@@ -90,7 +91,7 @@ class GroupBT(WholeRewards, RewardModel):
             curve = [trials.mean(row) for row in losses]
             record |= {"n_groups": [1, *sizes], "log_loss": curve}
             best = min(range(len(curve)), key=lambda i: (curve[i] != curve[i], curve[i]))  # what nobody measured comes last
-            if trials.surely_below(losses[best], losses[0]):
+            if surely_below(losses[best], losses[0]):
                 chosen = (1, *sizes)[best]
         direction = meeting.direction
         rewards, share = direction[:, None], direction.new_ones(1)

@@ -15,6 +15,7 @@ from palate.data.pairs import EmbeddedPairs
 from palate.errors import DataError
 from palate.models import crowd, pulls, trials
 from palate.models.base import Inference, Newton, RewardModel
+from palate.models.validation import surely_below
 from palate.priors import Prior
 from palate.solvers import Batch, Laplace, Solution, newton
 
@@ -132,7 +133,7 @@ class IndividualBT(RewardModel):
             record |= {"ridges": list(RIDGES), "log_loss": curve, "crowd_alone": trials.mean(alone)}
             if curve[0] == curve[0]:  # somebody had a query
                 best = min(range(len(RIDGES)), key=lambda i: curve[i])
-                ridge, differ = RIDGES[best], not self.around_crowd or trials.surely_below(losses[best], alone)
+                ridge, differ = RIDGES[best], not self.around_crowd or surely_below(losses[best], alone)
         out = self.like({"direction": direction, "scale": scale / ridge**0.5 if differ else scale[:0]})
         out.record["selection"] = record | {"ridge": ridge, "personal": differ}
         progress(1.0, "individual Bradley-Terry")

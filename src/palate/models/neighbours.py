@@ -16,6 +16,7 @@ from palate.errors import DataError
 from palate.models import trials
 from palate.models.base import Inference, RewardModel
 from palate.models.people import Meeting, People, WholeRewards
+from palate.models.validation import surely_below
 from palate.priors import Prior
 from palate.solvers import Batch, Solution
 
@@ -99,7 +100,7 @@ class Neighbours(WholeRewards, RewardModel):
             curve = [trials.mean(row) for row in losses]
             record |= {"crowd_alone": curve[0], "curve": [(*c, loss) for c, loss in zip(candidates, curve[1:], strict=True)]}
             best = min(range(1, len(curve)), key=lambda i: (curve[i] != curve[i], curve[i]))  # what nobody measured comes last
-            personal = trials.surely_below(losses[best], losses[0])
+            personal = surely_below(losses[best], losses[0])
             chosen = candidates[best - 1] if personal else chosen
         elif len(candidates) == 1:
             personal = len(data.user_ids) > 1

@@ -20,7 +20,7 @@ from palate.models import crowd
 from palate.models.base import Inference, Newton, RewardModel
 from palate.models.bilinear import Joint, Owners, by_pair, wide_first
 from palate.models.imputation import Descent, Regulariser, published
-from palate.models.validation import halves, position
+from palate.models.validation import edge, halves, position, surely_below
 from palate.priors import Prior
 
 Progress = Callable[[float, str], None]  # (share done, what)
@@ -257,18 +257,12 @@ class _Estimation:
         kappa, losses = found[strength]
         for smaller in reversed(sizes[:-1]):
             rival, theirs = judged(smaller, (strength,))[strength]
-            if _surely_less(theirs[1], losses[1]):
+            if surely_below(theirs[1], losses[1]):
                 n_bases, kappa, losses = smaller, rival, theirs
         self.record["curve"] = curve
         measures = list(zip(losses, crowd_alone, strict=True))
-        gains = any(_surely_less(*pair) for pair in measures) and not any(_surely_less(*pair[::-1]) for pair in measures)
+        gains = any(surely_below(*pair) for pair in measures) and not any(surely_below(*pair[::-1]) for pair in measures)
         return n_bases, strength, kappa if gains or self.model.kappa is not None else 0.0
-
-
-def _surely_less(ours: Tensor, theirs: Tensor) -> bool:
-    """Whether the mean paired difference of the users who have both is below zero by more than its standard error."""
-    away = (ours - theirs)[~torch.isnan(ours - theirs)].double()
-    return len(away) > 1 and float(away.mean()) < -float(away.std()) / len(away) ** 0.5
 
 
 class _Trial:
@@ -294,19 +288,16 @@ class _Trial:
         self.owners = [Owners(part.user_index, len(part.user_ids), weight, self.tie) for weight in known]
 
     def judge(self, bases: Tensor, kappa: float, into: Tensor) -> None:
-        """Put each held-out user's mean log loss and smoothed error over queries and `SHOTS` into (2, U); NaN without a query.
-
-        The smoothed error is the mean of sigma(-margin / s), s a third of the median margin: the share told wrongly with a soft
-        edge, whatever the scale of the margins.
-        """
+        """Put each held-out user's mean log loss and smoothed error (`validation.edge`) over queries and `SHOTS` into (2, U); NaN
+        without a query."""
         slopes = self.design.project(bases)[self.rows] * kappa**0.5
         user, told = self.part.user_index, self.query * self.part.weight
         strict = told * ~self.part.tie  # a tie has no side that could be told wrongly
         total = self.offset.new_zeros(len(self.users), 2)
         for owners in self.owners:
-            margin, asked = owners.predict(slopes, self.offset), strict > 0
-            size = margin.abs()[asked].median().clamp(min=1e-12) / 3 if bool(asked.any()) else 1.0
-            losses = [likelihood.nll(margin, self.tie) * told, likelihood.probability(-margin / size) * strict]
+            margin = owners.predict(slopes, self.offset)
+            wrong = likelihood.probability(-margin / edge(margin[strict > 0]))
+            losses = [likelihood.nll(margin, self.tie) * told, wrong * strict]
             total.index_add_(0, user, torch.stack(losses, dim=1) / len(SHOTS))
         count = torch.zeros_like(total).index_add_(0, user, torch.stack([told, strict], dim=1))
         into[:, self.users.cpu()] = (total / count).T.to(into)

@@ -18,7 +18,7 @@ from palate import likelihood
 from palate.data.embeddings import CACHE_BYTES
 from palate.data.pairs import EmbeddedPairs
 from palate.models import crowd, population, pulls
-from palate.models.validation import halves, position
+from palate.models.validation import edge, halves, position
 from palate.priors import Prior
 from palate.solvers import Batch, batches, posterior
 
@@ -351,17 +351,13 @@ class Selection:
         values[self.fold == fold] = self._loss(view, fold, prior)
 
     def _loss(self, view: View, fold: int, prior: Prior | None) -> Tensor:
-        """(held-out users of the fold,) smoothed error on their query pairs, over all shots; NaN for a user without query.
-
-        The mean of sigma(-margin / s), s a third of the fold's median margin: the share of choices told wrongly, with a soft
-        edge. What is compared is how well candidates tell choices apart. A log loss would prefer a timid prior to a right
-        one wherever people are consistent, because a single confident mistake outweighs many right answers.
-        """
+        """(held-out users of the fold,) smoothed error (`validation.edge`) on their query pairs, over all shots; NaN for a user
+        without query."""
         out = torch.zeros(int((self.fold == fold).sum()), device=view.slopes.device)
         for shots, counts in SHOTS:
             parts = self.told(view, fold, prior, shots)
             parts = [part._replace(asked=part.asked * ~part.tie) for part in parts]
-            size = torch.cat([part.margin[part.asked > 0].abs() for part in parts]).median().clamp(min=1e-12) / 3
+            size = edge(torch.cat([part.margin[part.asked > 0] for part in parts]))
             for rows, margin, _, asked, _ in parts:
                 # A user without query divides nothing by nothing and stays NaN.
                 out[rows] += counts * (likelihood.probability(-margin / size) * asked).sum(1) / asked.sum(1)

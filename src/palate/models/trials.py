@@ -79,9 +79,3 @@ class Trial:
 def mean(losses: Tensor) -> float:
     """Mean over the users that have one; NaN where nobody has."""
     return float(losses.double().nanmean())
-
-
-def surely_below(ours: Tensor, theirs: Tensor) -> bool:
-    """Whether the mean paired difference of the users that have both is below zero by more than its standard error."""
-    away = (ours - theirs)[~torch.isnan(ours - theirs)].double()
-    return len(away) > 1 and float(away.mean()) < -float(away.std()) / len(away) ** 0.5

@@ -70,6 +70,22 @@ def position(data: EmbeddedPairs, mask: Tensor, seed: int) -> Tensor:
     return place
 
 
+def edge(margins: Tensor) -> Tensor:
+    """() s of the smoothed error, the mean of sigma(-margin / s): a third of the median size of the margins (N,).
+
+    It is the share of choices told wrongly, with a soft edge, whatever the margins' scale: what is compared by it is how well
+    candidates tell choices apart. A log loss would prefer a timid prior to a right one wherever people are consistent, because a
+    single confident mistake outweighs many right answers.
+    """
+    return margins.abs().median().clamp(min=1e-12) / 3 if len(margins) else margins.new_ones(())
+
+
+def surely_below(ours: Tensor, theirs: Tensor) -> bool:
+    """Whether the mean paired difference of the users that have both is below zero by more than its standard error."""
+    away = (ours - theirs)[~torch.isnan(ours - theirs)].double()
+    return len(away) > 1 and float(away.mean()) < -float(away.std()) / len(away) ** 0.5
+
+
 def _generator(seed: int, purpose: str) -> torch.Generator:
     digest = hashlib.sha256(f"{seed}:{purpose}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)

@@ -19,7 +19,7 @@ from palate.errors import DataError
 from palate.models import attended, crowd, variational
 from palate.models.attended import Published
 from palate.models.base import RewardModel
-from palate.models.validation import halves, position
+from palate.models.validation import edge, halves, position, surely_below
 from palate.models.variational import Numbers, Problem, Settings, Texts
 from palate.priors import Prior
 from palate.solvers import Sides, Solution, chunks
@@ -291,13 +291,13 @@ class _Choice:
                 found = self._path(parts, trial, alone, stops, curve)
                 self.progress(0.8 * len({(row["hidden"], row["ridge"]) for row in curve[1:]}) / trials, "VPL, what users say")
                 for stop, errors in found:
-                    if _surely_less(errors, rival) and float(errors.nanmean()) < float(kept.nanmean()):
+                    if surely_below(errors, rival) and float(errors.nanmean()) < float(kept.nanmean()):
                         best, epochs, kept = trial, stop, errors
         if epochs:
             for size in reversed(self.sizes[:-1]):
                 trial, rival = replace(best, latent=size), kept
                 for stop, errors in self._path(parts, trial, alone, stops, curve):
-                    if _surely_less(errors, rival) and float(errors.nanmean()) < float(kept.nanmean()):
+                    if surely_below(errors, rival) and float(errors.nanmean()) < float(kept.nanmean()):
                         best, epochs, kept = trial, stop, errors
         self.record["curve"] = curve
         return best, epochs
@@ -318,7 +318,7 @@ class _Choice:
             curve.append({"latent": settings.latent, "hidden": settings.hidden, "ridge": settings.ridge, "epochs": stop})
             curve[-1]["error"] = _mean(errors)
             means = [float(found.nanmean()) for _, found in out]
-            gaining = len(out) == 1 or _surely_less(errors, out[-2][1])
+            gaining = len(out) == 1 or surely_below(errors, out[-2][1])
             late = 2 * stop >= self.model.epochs
             if means[-1] > min(means) or (late and not (gaining and means[-1] < float(alone.nanmean()))):
                 break
@@ -342,10 +342,7 @@ class _Part:
         return variational.train(self.learn, numbers, settings, seed=self.seed, epochs=self.epochs)
 
     def errors(self, numbers: Numbers | None) -> Tensor:
-        """(U,) smoothed error over all shots, NaN for a user without query: sigma(-margin / s), s a third of the median margin.
-
-        A log loss would prefer a timid start to a right one wherever people are consistent. None is the crowd's reward.
-        """
+        """(U,) smoothed error (`validation.edge`) over all shots, NaN for a user without query. None is the crowd's reward."""
         held, data = self.held, self.held.data
         if numbers is None:
             scale = held.scale
@@ -364,8 +361,7 @@ class _Part:
         for shots, counts in SHOTS:
             known = self.place < shots
             margin = torch.cat([asked.margins(numbers, asked.posterior(numbers, known)[0], kept) for _, asked, kept in parts])
-            size = margin.abs().median().clamp(min=1e-12) / 3 if len(margin) else 1.0
-            out.index_add_(0, owner, counts * (likelihood.probability(-margin / size) * weight).to(out))
+            out.index_add_(0, owner, counts * (likelihood.probability(-margin / edge(margin)) * weight).to(out))
         return out / total
 
 
@@ -378,9 +374,3 @@ def _mean(errors: Tensor) -> float | None:
     """None where nobody can be asked: a failure is no number."""
     known = errors[~torch.isnan(errors)]
     return float(known.mean()) if len(known) else None
-
-
-def _surely_less(ours: Tensor, theirs: Tensor) -> bool:
-    """Whether the mean paired difference of the users who have both is below zero by more than its standard error."""
-    away = (ours - theirs)[~torch.isnan(ours - theirs)].double()
-    return len(away) > 1 and float(away.mean()) < -float(away.std()) / len(away) ** 0.5

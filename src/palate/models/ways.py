@@ -17,7 +17,7 @@ from palate.data.pairs import EmbeddedPairs
 from palate.models import crowd, meta, pulls
 from palate.models.meta import ExactSolve, GradientSteps, Inner, Numbers, Outer, Shape, State, described
 from palate.models.objectives import RPO, CVaR, Mean
-from palate.models.validation import halves, position
+from palate.models.validation import edge, halves, position
 from palate.solvers import chunks
 
 if TYPE_CHECKING:
@@ -210,10 +210,7 @@ class _Part:
     query: Tensor  # (P,)
 
     def errors(self, problem: meta.Tasks, inner: Inner, numbers: Numbers) -> Tensor:
-        """(U,) smoothed error over all shots, NaN for a user without query: sigma(-margin / s), s a third of the median margin.
-
-        A log loss would prefer a timid start to a right one wherever people are consistent.
-        """
+        """(U,) smoothed error (`validation.edge`) over all shots, NaN for a user without query."""
         out = torch.zeros(len(self.held.user_ids), device=self.place.device)
         together = list(chunks(self.held.grouped().counts, problem.shape.n_bases))
         for shots, counts in SHOTS:
@@ -224,7 +221,7 @@ class _Part:
                 if batch.slopes.shape[2]:
                     margin = batch.margins(meta.adapted(inner, batch, numbers, simplex=problem.shape.simplex))
                 parts.append((users, margin, asked if batch.tie is None else asked * ~batch.tie))
-            size = torch.cat([margin[asked > 0].abs() for _, margin, asked in parts]).median().clamp(min=1e-12) / 3
+            size = edge(torch.cat([margin[asked > 0] for _, margin, asked in parts]))
             for users, margin, asked in parts:
                 out[users] += counts * (likelihood.probability(-margin / size) * asked).sum(1) / asked.sum(1)
         return out
