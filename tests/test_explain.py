@@ -15,6 +15,7 @@ from palate.adaptation import Profile, adapt
 from palate.data.synthetic import SyntheticData, synthetic
 from palate.encoders.offline import MEANINGS, Style
 from palate.errors import DataError, MismatchError, ModelFileError
+from palate.living.draft import Draft
 from palate.living.explain import AxisEdit, Explainer, influence
 from palate.living.explanation import Explanation
 from palate.living.population import Population
@@ -244,10 +245,16 @@ def test_what_cannot_be_explained_or_set_is_refused(world: SyntheticData, model:
     with pytest.raises(DataError, match="set to nan"):
         explainer.edit("length", live, to=float("nan"))
     other = palate.Hierarchical(3).like(dict(model.state_dict()) | {"direction": torch.zeros(40)})
-    with pytest.raises(MismatchError, match="adapt again"):
-        explainer.explain(Population.of(other).start("ada"))
-    with pytest.raises(MismatchError, match="adapt again"):
-        explainer.explain(Population.of(other).start("ada").profile)
+    down, stranger = explainer.edit("length", live, by=-1.0), Population.of(other).start("ada")
+    whose = f"model {other.fingerprint()[:12]} given to the explainer of model {model.fingerprint()[:12]}"
+    for profile in (stranger, stranger.profile):
+        with pytest.raises(MismatchError, match=whose):
+            explainer.explain(profile)
+        with pytest.raises(MismatchError, match=whose):
+            explainer.edit("length", profile, to=0.0)
+    for mine in (stranger, Draft(stranger)):
+        with pytest.raises(MismatchError, match=whose):
+            explainer.edited(mine, down)
     with pytest.raises(DataError, match="has no weights"):
         Explainer(palate.fit(Style().embed(world.pairs), palate.BradleyTerry()), Style(), world.pairs)
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal, TypeVar
 import numpy as np
 from pydantic import Field
 
-from palate.adaptation import Profile, check_profiles
+from palate.adaptation import Profile
 from palate.data.pairs import PairSet
 from palate.encoders import Encoder
 from palate.errors import DataError, MismatchError
@@ -87,6 +87,15 @@ class Explainer:
         out._made_of(model, Sums.load(folder, model))
         return out
 
+    def _check(self, profile: "Profile | LiveProfile | Draft") -> None:
+        """Raise `MismatchError` for a profile of another model."""
+        theirs = profile.model if isinstance(profile, Profile) else profile.population.fingerprint
+        if theirs != self.sums.model:
+            raise MismatchError(
+                f"a profile of model {theirs[:12]} given to the explainer of model {self.sums.model[:12]}; "
+                "weights mean nothing under another model: adapt again"
+            )
+
     # -- in words
 
     def explain(self, profile: Profile | LiveProfile) -> Explanation:
@@ -101,12 +110,9 @@ class Explainer:
 
         Raises `MismatchError` for a profile of another model. Cost: milliseconds.
         """
+        self._check(profile)
         live = profile if isinstance(profile, LiveProfile) else None
         known = profile.profile if isinstance(profile, LiveProfile) else profile
-        if live is None:
-            check_profiles(self.model, known)
-        elif live.population.fingerprint != self.model.fingerprint():
-            raise MismatchError(f"{live!r} given to the explainer of model {self.model.fingerprint()[:12]}; adapt again")
         mean = _float(known.mean) if live is None else live.mean
         covariance = None if known.covariance is None else _float(known.covariance) if live is None else live.covariance
         away = mean - self.crowd
@@ -244,7 +250,9 @@ class Explainer:
 
         Raises:
             DataError: no such axis, one along which people do not differ, not exactly one of `by` and `to`, no finite number.
+            MismatchError: a profile of another model.
         """
+        self._check(profile)
         place, people = self._place(axis)
         if (by is None) == (to is None):
             raise DataError(f"by is {by} and to is {to}; expected exactly one of them")
@@ -272,8 +280,10 @@ class Explainer:
         """The profile (or its draft) with the edit as an event, in the place of an earlier one of the same axis;
         `undo(edit.name)` ends it.
 
-        Raises `DataError` where the event of that name is no edit, but something that was said.
+        Raises `DataError` where the event of that name is no edit, but something that was said, and `MismatchError` for a
+        profile of another model. Cost: one solve; of a draft none.
         """
+        self._check(live)
         said = self.terms(edit)
         if edit.name in live.event_ids:
             n_terms, n_pulls = live.brought(edit.name)
