@@ -2,6 +2,7 @@
 
 import json
 import math
+import tracemalloc
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from safetensors.numpy import load, save
 from scipy.optimize import minimize
-from scipy.special import logsumexp
+from scipy.special import expit, logsumexp
 
 import palate
 from palate.data.pairs import EmbeddedPairs
@@ -22,11 +23,12 @@ from palate.data.planted import Planted, two_groups
 from palate.errors import DataError, MismatchError, ModelFileError
 from palate.living import solver
 from palate.living.flips import Flips
-from palate.living.learning import learn_flip_rate, learn_half_life
+from palate.living.learning import _log_probability, _User, learn_flip_rate, learn_half_life
 from palate.living.population import Population
 from palate.living.problem import Components, Problem
 from palate.living.profile import LiveProfile
 from palate.living.rows import Rows
+from palate.living.solver import Posterior
 from palate.living.terms import Terms
 from palate.models.base import RewardModel
 from palate.models.factored import BradleyTerry, LoRe
@@ -504,6 +506,34 @@ def test_flip_rates_are_learned_where_people_err() -> None:
     assert clean.flips.mean < 0.03
     noisy = learn_flip_rate(gaussian(), seen_users(12, 30, moves=False, errs=0.15, seed=1))
     assert 0.08 <= noisy.flips.mean <= 0.22
+
+
+def test_later_choices_are_predicted_from_their_stage_without_a_covariance_each() -> None:
+    """G = 2 rates, H = 3 versions, S = 5 stages, M = 2 components, C = 4 distributions of rates; 300 choices, one at a time."""
+    rng, k = np.random.default_rng(0), 32
+    stages, rates, shares = np.array([100, 130, 190, 250, 390, 400]), np.array([0.0, 0.2]), rng.dirichlet(np.ones(2), 4)
+    choices = Terms.pairs(rng.standard_normal(400), rng.standard_normal((400, k)) / 4, tie=rng.random(400) < 0.3)
+    user = _User("ada", Rows.of(choices), np.arange(400.0), stages, False)
+    factor = np.tril(rng.standard_normal((2, 15, 2, k, k))) / 4
+    covariance = factor @ factor.swapaxes(-1, -2)
+    mean, evidence = rng.standard_normal((2, 15, 2, k)), rng.standard_normal((2, 15, 2))
+    found = Posterior(mean, covariance, evidence, np.zeros_like(mean), np.ones((2, 15, 2), dtype=np.bool_))
+    tracemalloc.start()
+    said = _log_probability(user, found, rates, shares)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2 * 3 * 300 * 2 * k**2 * 8 / 10  # a tenth of a covariance for every choice
+    assert said.shape == (4, 3, 300)
+    for choice in range(100, 400):
+        z, target = user.rows.slopes[choice], user.rows.target[choice]
+        versions = np.arange(3) * 5 + int(np.searchsorted(stages, choice, side="right")) - 1
+        spread = np.einsum("ghmkl,k,l->ghm", covariance[:, versions], z, z)
+        margin = (user.rows.offset[choice] + mean[:, versions] @ z) / np.sqrt(1 + np.pi / 8 * spread)
+        share = shares[:, :, None, None] * np.exp(evidence[:, versions])
+        share /= share.sum((1, 3), keepdims=True)
+        e = rates[:, None, None]
+        won, lost = ((share * (e + (1 - 2 * e) * expit(side))).sum((1, 3)) for side in (margin, -margin))
+        np.testing.assert_allclose(said[..., choice - 100], target * np.log(won) + (1 - target) * np.log(lost), rtol=1e-9)
 
 
 # -- a change of taste

@@ -182,8 +182,7 @@ def _forgetting_losses(population: Population, user: _User, half_lives: Floats) 
     weight = (known * np.exp2(-passed / half_lives[:, None, None])).reshape(-1, known.shape[1])  # (H S, n)
     rates, shares = np.asarray(population.flips.rates), np.asarray(population.flips.shares)
     found = _solved(population, user, rates, weight)
-    stage = user.block() + np.arange(len(half_lives))[:, None] * len(known)  # (H, choices)
-    return np.asarray(-_log_probability(user, found, rates, shares[None], stage)[0].mean(-1))
+    return np.asarray(-_log_probability(user, found, rates, shares[None])[0].mean(-1))
 
 
 def _flip_losses(population: Population, user: _User, shares: Floats, forgetting: Forgetting) -> Floats:
@@ -195,7 +194,7 @@ def _flip_losses(population: Population, user: _User, shares: Floats, forgetting
         count = np.arange(weight.shape[1])
         weight = weight * np.exp2(-np.maximum(user.stages[:-1, None] - 1 - count, 0) / forgetting.choices)
     found = _solved(population, user, rates, weight)
-    return np.asarray(-_log_probability(user, found, rates, shares, user.block()[None])[:, 0].mean(-1))
+    return np.asarray(-_log_probability(user, found, rates, shares)[:, 0].mean(-1))
 
 
 def _solved(population: Population, user: _User, rates: Floats, weight: Floats) -> Posterior:
@@ -205,21 +204,27 @@ def _solved(population: Population, user: _User, rates: Floats, weight: Floats) 
     return found.split(len(rates))
 
 
-def _log_probability(user: _User, found: Posterior, rates: Floats, shares: Floats, stage: Ints) -> Floats:
-    """(C, H, choices) log probability of later choices, under C distributions of flip rates, from versions `stage` (H, choices).
+def _log_probability(user: _User, found: Posterior, rates: Floats, shares: Floats) -> Floats:
+    """(C, H, choices) log probability of later choices, under C distributions of flip rates, from H versions of every stage.
 
     Under a component and a rate e it is e + (1 - 2 e) sigma(`likelihood.damped` margin); they are mixed by their posterior.
     """
-    first = int(user.stages[0])
+    first, stages = int(user.stages[0]), len(user.stages) - 1
     offset, slopes, target = user.rows.offset[first:], user.rows.slopes[first:], user.rows.target[first:]
-    mean, spread = found.mean[:, stage], found.covariance[:, stage]  # (G, H, n, M, K ...)
-    margin = offset[:, None] + np.einsum("ghnmk,nk->ghnm", mean, slopes)
-    variance = np.einsum("ghnmkl,nk,nl->ghnm", spread, slopes, slopes)
+    mean, spread, log_evidence = (  # (G, H, S, M ...)
+        column.reshape(len(rates), -1, stages, *column.shape[2:]) for column in (found.mean, found.covariance, found.log_evidence)
+    )
+    along, across = [], []
+    for stage, (start, stop) in enumerate(pairwise((user.stages - first).tolist())):  # no covariance is copied for its choices
+        z = slopes[start:stop]
+        along.append(np.einsum("ghmk,nk->ghnm", mean[:, :, stage], z))
+        across.append(np.einsum("ghmkl,nk,nl->ghnm", spread[:, :, stage], z, z))
+    margin, variance = offset[:, None] + np.concatenate(along, axis=2), np.concatenate(across, axis=2)
     damped = margin / np.sqrt(1 + np.pi / 8 * np.maximum(variance, 0))
     rate = rates[:, None, None, None]
     won, lost = rate + (1 - 2 * rate) * expit(damped), rate + (1 - 2 * rate) * expit(-damped)
     with np.errstate(divide="ignore"):
-        log_share = np.log(shares)[:, :, None, None, None] + found.log_evidence[:, stage]  # (C, G, H, n, M)
+        log_share = np.log(shares)[:, :, None, None, None] + log_evidence[:, :, user.block()]  # (C, G, H, n, M)
         said = np.log(np.maximum((won, lost), 1e-300))
     norm = logsumexp(log_share, axis=(1, 4))
     t = target[:, None]
