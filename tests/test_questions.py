@@ -519,6 +519,31 @@ def test_what_could_not_be_said_is_a_tie_of_its_weight(unsure: float) -> None:
         assert len(set(rows.tolist())) == 8  # and is not asked again
 
 
+def test_who_has_said_nothing_is_still_who_they_were() -> None:
+    """The crowd's weights are 0 and the prior's mean is not, so that a belief from no evidence under the prior is another."""
+    numbers = {"direction": torch.zeros(2), "bases": torch.eye(2), "share": torch.ones(1), "means": torch.tensor([[0.7, -0.2]])}
+    model = palate.Hierarchical().like(numbers | {"factors": torch.tensor([[[1.0, 0.0], [0.4, 0.8]]])})
+    pool = Pool(torch.tensor([[1.0, 0.5], [-0.3, 2.0], [1.5, 0.2]]), torch.tensor([0.4, -0.6, 0.1]))
+    truth = pool.margins(torch.tensor([[1.0, 0.0], [0.0, -1.0], [0.3, 0.3]]))
+
+    def silent(margin: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        return torch.tensor([torch.nan, 1.0, torch.nan])
+
+    found = ask(model, pool, truth, MutualInformation(), 3, answers=silent)
+    assert model.prior is not None
+    assert not found.weights[[0, 2]].any()
+    said = pool.at(found.question[1:2])
+    alone = posterior(Batch(*said, torch.ones(1, 3), None), model.prior)
+    torch.testing.assert_close(found.weights[1, 3], alone.mean[0])
+    tied = ask(model, pool, truth, MutualInformation(), 3, answers=silent, unsure=0.5)
+    assert bool(tied.weights[[0, 2], 1:].all())  # a tie is evidence
+
+    spread = model.prior.covariance + torch.outer(model.prior.mean, model.prior.mean)  # about the crowd
+    margin = pool.offset[2] / torch.sqrt(1 + math.pi / 8 * pool.slopes[2] @ spread @ pool.slopes[2])
+    evidence = evidence_of_unsure(model, pool, torch.tensor([[0, 2]]), torch.tensor([[torch.nan, 1.0]]), weights=(0.0,))
+    assert evidence[0.0] == pytest.approx(float(torch.nn.functional.logsigmoid(margin)), abs=1e-6)
+
+
 def test_the_answers_tell_what_silence_means() -> None:
     """Of people who were asked what would tell most, so that what they were asked depends on what they said."""
     rng = np.random.default_rng(0)

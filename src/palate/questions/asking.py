@@ -6,14 +6,12 @@ import torch
 from torch import Tensor
 
 from palate.errors import DataError
-from palate.models.base import Inference, RewardModel
-from palate.priors import Prior
+from palate.models.base import RewardModel
 from palate.questions.belief import Belief, Pool
 from palate.questions.choosing import pick
 from palate.questions.people import Answers, noisy
 from palate.questions.rules import Question, Random
 from palate.questions.unsure import said_of
-from palate.solvers import Batch
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,7 +98,7 @@ def ask(
     if not bool(torch.isfinite(truth).all()) or not bool(torch.isfinite(expected).all()):
         raise DataError("a true margin is NaN or infinite; expected a finite number for every user and pair")
     answering, choosing = (torch.Generator().manual_seed(2 * seed + side) for side in (0, 1))
-    belief = _prior_belief(model, pool, users)
+    belief = nothing = Belief.before(model, pool, ids)
     everyone = torch.arange(users, device=truth.device)
     rows: list[Tensor] = []
     given: list[Tensor] = []
@@ -115,30 +113,13 @@ def ask(
             rows.append(row)
             given.append(answers(truth[everyone, row], answering))
             said = said_of(pool, torch.stack(rows, 1), torch.stack(given, 1), unsure)
-            belief = _updated(model.inference, model.prior, said, ids)
+            belief = nothing.after(model, said, ids)
             weights.append(belief.mean)
     path = torch.stack(weights, dim=1)
     accuracy, regret = _measured(tested, expected.to(path), path)
     none = torch.zeros(users, 0, dtype=torch.int64, device=truth.device)
     questions = torch.stack(rows, 1) if rows else none
     return Asked(questions, torch.stack(given, 1) if given else none.to(truth), path, accuracy, regret)
-
-
-def _prior_belief(model: RewardModel, pool: Pool, users: int) -> Belief:
-    """Before any answer: the crowd's weights, with the prior's covariance where there is one."""
-    k, none = pool.n_weights, pool.slopes.new_zeros(users, 0)
-    nothing = Batch(pool.slopes.new_zeros(users, 0, k), none, none, None)
-    crowd, covariance = model.crowd_weights.to(pool.slopes), None
-    if model.prior is not None:  # about the crowd's weights, from which the prior's mean may be away (as `adaptation.no_pairs`)
-        away = model.prior.mean.to(pool.slopes) - crowd
-        covariance = (model.prior.covariance.to(pool.slopes) + torch.outer(away, away)).expand(users, k, k)
-    return Belief(crowd.expand(users, k), covariance, nothing, model.prior)
-
-
-def _updated(inference: Inference, prior: Prior | None, said: Batch, users: tuple[str, ...]) -> Belief:
-    """The belief after all answers so far: the same solve as `adapt`."""
-    solved = inference.solve(said, prior, users, covariance=prior is not None)
-    return Belief(solved.mean, solved.covariance, said, prior)
 
 
 def _measured(test: Pool, truth: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:

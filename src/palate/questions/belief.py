@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from palate import likelihood
-from palate.adaptation import pair_design
+from palate.adaptation import no_pairs, pair_design
 from palate.data.pairs import EmbeddedPairs
 from palate.errors import DataError
 from palate.living.terms import Rewards
@@ -103,6 +103,22 @@ class Belief(NamedTuple):
     covariance: Tensor | None  # (U, K, K); None where the method has none
     said: Batch | None  # (U, t, K) slopes of the t pairs that each was asked; None where they are not at hand
     prior: Prior | None
+
+    @classmethod
+    def before(cls, model: RewardModel, pool: Pool, users: tuple[str, ...]) -> "Belief":
+        """Of users who have said nothing: as `adaptation.no_pairs` has it, the crowd's weights where nothing else is known."""
+        blank, none = no_pairs(model, users), pool.slopes.new_zeros(len(users), 0)
+        spread = None if blank.covariance is None else blank.covariance.to(pool.slopes)
+        said = Batch(pool.slopes.new_zeros(len(users), 0, pool.n_weights), none, none, None)
+        return cls(blank.mean.to(pool.slopes), spread, said, model.prior)
+
+    def after(self, model: RewardModel, said: Batch, users: tuple[str, ...]) -> "Belief":
+        """After all answers so far, by the same solve as `adapt`. Who has given none of any weight is still who they were."""
+        solved = model.inference.solve(said, model.prior, users, covariance=model.prior is not None)
+        silent, covariance = said.weight.sum(1) == 0, solved.covariance
+        if covariance is not None and self.covariance is not None:
+            covariance = torch.where(silent[:, None, None], self.covariance, covariance)
+        return Belief(torch.where(silent[:, None], self.mean, solved.mean), covariance, said, model.prior)
 
     def information(self, curvature: Tensor | None = None) -> Tensor:
         """(U, K, K): sum over the answered pairs of curvature v v^T; sigma'(m) at the current weights by default."""

@@ -8,7 +8,7 @@ from torch import Tensor
 from palate import likelihood
 from palate.errors import DataError
 from palate.models.base import RewardModel
-from palate.questions.belief import Pool
+from palate.questions.belief import Belief, Pool
 from palate.solvers import Batch
 
 
@@ -54,15 +54,16 @@ def evidence_of_unsure(
             "expected at least one: there is nothing to tell the weight from"
         )
     users = tuple(str(u) for u in range(len(rows)))
+    nothing = Belief.before(model, pool, users)
     total = dict.fromkeys((float(weight) for weight in weights), 0.0)
     for weight in total:
         said = said_of(pool, rows, answers, weight)
         for t in torch.nonzero(later.any(0))[:, 0].tolist():
             before, now = _part(said, slice(t)), _part(said, slice(t, t + 1))
-            solved = model.inference.solve(before, model.prior, users)
-            margin = now.margins(solved.mean)
-            if solved.covariance is not None:
-                margin = model.stated(margin, Pool(now.slopes, now.offset).spread(solved.covariance).clamp(min=0))
+            belief = nothing.after(model, before, users)
+            margin = now.margins(belief.mean)
+            if belief.covariance is not None:
+                margin = model.stated(margin, belief.spread(Pool(now.slopes, now.offset)))
             total[weight] -= float(likelihood.nll(margin)[:, 0][later[:, t]].double().sum())
     return {weight: value / int(later.sum()) for weight, value in total.items()}
 
