@@ -242,6 +242,27 @@ def test_targeted_information_is_that_of_the_sides() -> None:
     assert bool(((far >= 0) & (far < 1e-6)).all())
 
 
+@pytest.mark.parametrize("kind", [torch.float32, torch.float64])
+def test_targets_that_are_certain_leave_the_rest_as_it_is(kind: torch.dtype) -> None:
+    """g rho^2 phi(z)^2 / (2 Phi(z) Phi(-z)) of the one target that is open, by scipy; of the others the side is certain."""
+    mean, covariance = torch.tensor([[0.5, -0.2, 1.0]]), torch.tensor([[2.0, 0.6, 0.0], [0.6, 1.0, 0.0], [0.0, 0.0, 0.0]])
+    belief = Belief(mean.to(kind), covariance[None].to(kind), None, None)
+    asked = torch.tensor([[0.8, 0.3, 0.0], [-0.1, 1.2, 5.0], [0.0, 0.0, 2.0]])
+    pool = Pool(asked, torch.tensor([0.1, -4.0, 0.3])).to(mean.to(kind))
+    slopes = torch.tensor([[0.0, 0, 0], [1, 0, 0], [0, 0, 1], [0, 0, 0], [1e-18, 0, 0]]).to(kind)
+    score = Targeted(Pool(slopes, torch.tensor([3.0, 0, -8, 0, 5]).to(kind))).score(belief, pool, ANY)
+    z = 0.5 / math.sqrt(2)
+    doubt = norm.pdf(z) ** 2 / (norm.cdf(z) * norm.cdf(-z))
+    for v, offset, told in zip(pool.slopes.double().numpy(), pool.offset.tolist(), score[0].tolist(), strict=True):
+        variance, along = float(v @ covariance.double().numpy() @ v), float(v @ covariance[:, 0].double().numpy())
+        if not variance:
+            assert told == 0
+            continue
+        m, s = float(offset + v @ mean[0].double().numpy()), math.sqrt(variance)
+        p, pull = (quad(lambda x, n=n, m=m, s=s: x**n * sigma(m + s * x) * norm.pdf(x), -12, 12)[0] for n in (0, 1))
+        assert told == pytest.approx(pull**2 / (p * (1 - p)) * along**2 / (2 * variance) * doubt / 2, rel=1e-4)
+
+
 def test_targeted_questions_are_about_what_will_be_predicted() -> None:
     """Eight weights, the last two of which matter: the widest are asked about by those who want to know the weights."""
     covariance = torch.diag(torch.tensor([16.0, 16, 16, 16, 16, 16, 4, 4], dtype=torch.float64))

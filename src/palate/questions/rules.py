@@ -16,6 +16,8 @@ from palate import likelihood
 from palate.errors import DataError
 from palate.questions.belief import Belief, Pool, explained, information
 
+SURE = 64.0  # standard deviations from which a side is certain: its doubt rounds to 0, and nothing on the way overflows
+
 
 class Question(Protocol):
     """A way of choosing: a score of every pair for every user. `generator` is for those that draw."""
@@ -56,8 +58,9 @@ class Targeted:
     With z_t = margin_t / s_t of target t the probability that its first text is better is Phi(z_t). An answer about a pair v
     moves the mean of margin_t by a standard deviation of s_t rho_t sqrt(g), rho_t the posterior correlation of the two margins
     and g the share of the variance of m that the answer explains (`explained`); to second order in that the information is
-    g rho_t^2 phi(z_t)^2 / (2 Phi(z_t) Phi(-z_t)), in nats. Its sum over targets is (g / s^2) v^T C M C v with one K x K matrix M
-    for all pairs. Compare EPIG (Bickford Smith et al. 2023, arXiv 2304.08151), which predicts answers rather than sides.
+    g rho_t^2 phi(z_t)^2 / (2 Phi(z_t) Phi(-z_t)), in nats, and 0 where s_t is: that side is certain. Its sum over targets is
+    (g / s^2) v^T C M C v with one K x K matrix M for all pairs. Compare EPIG (Bickford Smith et al. 2023, arXiv 2304.08151),
+    which predicts answers rather than sides.
 
     It pays where the targets are about few of the weights; where they are like the pool it needs as many answers as
     `MutualInformation`, or a few more.
@@ -75,15 +78,15 @@ class Targeted:
     def score(self, belief: Belief, pool: Pool, generator: torch.Generator) -> Tensor:
         variance, targets = belief.spread(pool), self.targets.to(pool.slopes)
         assert belief.covariance is not None  # `spread` has seen to it
-        away = belief.spread(targets).clamp(min=torch.finfo(variance.dtype).tiny)
-        z = targets.margins(belief.mean) / away.sqrt()
+        away, tiny = belief.spread(targets), torch.finfo(variance.dtype).tiny
+        z = (targets.margins(belief.mean) / away.clamp(min=tiny).sqrt()).clamp(-SURE, SURE)
         # phi^2 / (Phi(z) Phi(-z)): both vanish together, as |z| e^(-z^2 / 2), and the logarithm knows how.
         doubt = torch.exp(-z.square() - math.log(2 * math.pi) - torch.special.log_ndtr(z) - torch.special.log_ndtr(-z))
-        weighed = targets.slopes * (doubt / away)[..., None]  # (U, T, K)
+        weighed = targets.slopes * torch.where(away > 0, doubt / away.clamp(min=tiny), 0.0)[..., None]  # (U, T, K)
         matter = weighed.mT @ targets.slopes
         gain = pool.spread(belief.covariance @ matter @ belief.covariance)
         share = explained(pool.margins(belief.mean), variance)
-        return share * gain / (2 * variance.clamp(min=torch.finfo(variance.dtype).tiny))
+        return share * gain / (2 * variance.clamp(min=tiny))
 
 
 @dataclass(frozen=True)
