@@ -219,6 +219,18 @@ def test_while_an_answer_is_out_the_covariance_is_the_expected_one() -> None:
     assert after.said.offset.shape == (3, 5)
 
 
+def test_a_sure_answer_explains_as_little_on_either_side() -> None:
+    """Of a narrow margin sigma'(m) s^2, however small; of the widest 2 / pi, and never more."""
+    margin = torch.tensor([-300.0, -50.0, -40.0, 40.0, 50.0, 300.0], dtype=torch.float64)
+    found = belief_module.explained(margin, torch.full_like(margin, 1e-4))
+    np.testing.assert_allclose(found.numpy(), 1e-4 * np.exp(-margin.abs().numpy()), rtol=1e-3)
+    sure = torch.tensor([-1e4, 1e4], dtype=torch.float64)
+    assert belief_module.explained(sure, torch.ones_like(sure)).tolist() == [0, 0]
+    wide = torch.linspace(-30.0, 30.0, 601, dtype=torch.float64)
+    for std in (1e2, 1e4, 1e8):
+        assert 0.6 < float(belief_module.explained(std * wide / 100, torch.full_like(wide, std**2)).max()) <= 2 / math.pi
+
+
 def test_targeted_information_is_that_of_the_sides() -> None:
     """I(answer; side of the target) on a grid, for answers that say little, where the second order is all there is."""
     belief, pool = random_belief()

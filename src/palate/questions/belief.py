@@ -173,7 +173,8 @@ def over_margins(of: Callable[[Tensor], Tensor], margin: Tensor, variance: Tenso
 def explained(margin: Tensor, variance: Tensor) -> Tensor:
     """Var_y(E[m | y]) / Var(m) of a margin m ~ N(margin, variance) and an answer y ~ Bernoulli(sigma(m)): in [0, 2 / pi].
 
-    Cov(m, y)^2 / (Var(m) Var(y)), since y has two values; by quadrature over m.
+    Cov(m, y)^2 / (Var(m) Var(y)), since y has two values; by quadrature over m; of the two answers for the rarer one, since
+    1 - E y of the other would round to 0 where it is sure.
     """
     columns = torch.stack([SHARES, SHARES * NODES], dim=1).to(margin.device)
 
@@ -181,7 +182,7 @@ def explained(margin: Tensor, variance: Tensor) -> Tensor:
         mean, with_node = (torch.sigmoid(margins) @ columns).unbind(1)
         return with_node.square() / (mean * (1 - mean)).clamp(min=1e-300)
 
-    return over_margins(share, margin, variance).to(margin)
+    return over_margins(share, -margin.abs(), variance).to(margin)
 
 
 def information(margin: Tensor, variance: Tensor) -> Tensor:
