@@ -1,5 +1,6 @@
 """The attribute prior: planted attributes that matter or not, its estimation against flat loops, what is kept of people."""
 
+import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,6 +17,7 @@ from palate.data.pairs import EmbeddedPairs
 from palate.data.planted import one_crowd
 from palate.data.splits import nested_shots
 from palate.errors import DataError
+from palate.living.population import Population
 from palate.models.attribute_prior import AttributePrior, Column, _Learning, columns_of, encoded, moments, narrowed, standard
 from palate.models.hierarchical import Hierarchical
 from palate.priors import Prior
@@ -348,6 +350,43 @@ def test_the_same_bits_from_disk_and_nobodys_attributes_there(matters: World, in
     assert [Path(one.filename).name for one in said] == [Path(__file__).name]  # once, and at the caller's line
     assert torch.equal(unknown.mean, palate.adapt(loaded.with_attributes({}), uneven).mean)
     assert not torch.equal(unknown.mean, palate.adapt(given, uneven).mean)
+
+
+def test_a_stored_live_profile_does_not_outlive_the_attributes_it_was_made_from(
+    matters: World, plain: palate.RewardModel, informed: AttributePrior
+) -> None:
+    user, other = matters.support.user_ids[:2]
+    said, mine = matters.support.of_users([user])[:3], dict(matters.attributes[user])
+    population = Population.of(informed)
+    live, silent = population.start(user).update(said), population.start(user)
+    elsewhere = "south" if mine["region"] == "north" else "north"
+    for table in ({}, {other: mine}, {user: mine | {"region": elsewhere}}):
+        now = Population.of(informed.with_attributes(table))
+        for stored, fresh in ((live, now.start(user).update(said)), (silent, now.start(user))):
+            data = stored.to_bytes()
+            assert now.weights_of(data) is None
+            assert np.abs(fresh.mean - stored.mean).max() > 0.01
+            np.testing.assert_allclose(now.from_bytes(data).mean, fresh.mean, atol=1e-6)
+    same = Population.of(informed.with_attributes({user: mine}))  # what is known of others does not matter
+    light = same.weights_of(live.to_bytes())
+    assert light is not None
+    np.testing.assert_array_equal(light.mean, live.mean)
+    np.testing.assert_array_equal(same.from_bytes(live.to_bytes()).mean, live.mean)
+
+    # Models that know people by their choices alone write what they always wrote; what an AttributePrior wrote then is doubted.
+    def made_with(data: bytes) -> str:
+        return str(json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]["settings"])
+
+    before = made_with(Population.of(plain).start(user).to_bytes())
+    assert before == "[[null, null], [[0.0], [1.0]]]"
+    data = live.to_bytes()
+    head = data[8 : 8 + int.from_bytes(data[:8], "little")]
+    old = head.replace(json.dumps(made_with(data)).encode(), json.dumps(before).encode())
+    assert len(old) < len(head)
+    old = len(old).to_bytes(8, "little") + old + data[8 + len(head) :]
+    gone = Population.of(informed.with_attributes({}))
+    assert gone.weights_of(old) is None
+    np.testing.assert_allclose(gone.from_bytes(old).mean, gone.start(user).update(said).mean, atol=1e-6)
 
 
 def test_without_attributes_it_is_hierarchical(matters: World, plain: palate.RewardModel, informed: AttributePrior) -> None:

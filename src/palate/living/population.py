@@ -110,7 +110,8 @@ class Population:
         return LiveProfile(self, user_id, history, self.solve(history, user_id))
 
     def from_bytes(self, data: bytes) -> LiveProfile:
-        """The profile that `LiveProfile.to_bytes` wrote. Where this population forgets or errs otherwise, it is solved again.
+        """The profile that `LiveProfile.to_bytes` wrote. Where this population forgets or errs otherwise, or knows something else
+        of the user beside their choices (`AttributePrior.with_attributes`), it is solved again.
 
         Raises:
             ModelFileError: something else, a damaged file, or one of a newer version.
@@ -118,7 +119,7 @@ class Population:
         """
         user_id, history, solved, now, made_with = read(data, self.fingerprint, self.n_weights)
         live = LiveProfile(self, user_id, history, solved, now)
-        return live if made_with == settings(self) else live.again()
+        return live if made_with == settings(self, user_id) else live.again()
 
     def weights_of(self, data: bytes) -> Weights | None:
         """The weights in what `LiveProfile.to_bytes` wrote, without reading the rest; None where `from_bytes` must be asked.

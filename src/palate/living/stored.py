@@ -1,5 +1,6 @@
 """A live profile as bytes: one safetensors file with the rows, the answer, and in its head whose model it is. Nothing is run."""
 
+import hashlib
 import json
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -14,6 +15,7 @@ from palate.living.flips import Flips
 from palate.living.history import Forgetting, History
 from palate.living.rows import Rows
 from palate.living.solver import Solved
+from palate.models.attribute_prior import AttributePrior
 
 if TYPE_CHECKING:
     from palate.living.population import Population
@@ -40,7 +42,7 @@ def written(live: "LiveProfile") -> bytes:
         "count": str(history.count),
         "now": json.dumps(live.now),
         "converged": json.dumps(solved.converged),
-        "settings": settings(live.population),
+        "settings": settings(live.population, live.user_id),
     }
     return bytes(save({name: np.ascontiguousarray(value) for name, value in arrays.items()}, head))
 
@@ -108,7 +110,8 @@ def weights(data: bytes, population: "Population") -> Weights | None:
         head, mean = table["__metadata__"], table["mean"]
         start, stop = mean["data_offsets"]
         own = (head["format"], head["version"], head["model"], head["settings"])
-        if own != (FORMAT, VERSION, population.fingerprint, settings(population)) or mean["dtype"] != "F64":
+        asked = (FORMAT, VERSION, population.fingerprint, settings(population, head["user_id"]))
+        if own != asked or mean["dtype"] != "F64":
             return None
         found = np.frombuffer(data[8 + length + start : 8 + length + stop], dtype="<f8")
         sound = found.shape == (population.n_weights,) and bool(np.isfinite(found).all())
@@ -135,11 +138,15 @@ def _check(history: History, n_weights: int) -> None:
     rows.terms().check(n_weights)
 
 
-def settings(population: "Population") -> str:
-    """What the answer depends on beside the model and the rows."""
-    return _settings(population.forgetting, population.flips)
+def settings(population: "Population", user_id: str) -> str:
+    """What the answer depends on beside the model and the rows; of attributes only a digest of what they make of the prior."""
+    forgetting, flips, model = population.forgetting, population.flips, population.model
+    if not isinstance(model, AttributePrior):
+        return _settings(forgetting, flips)
+    moved = b"".join(part.cpu().numpy().tobytes() for part in model.shifts((user_id,)))
+    return _settings(forgetting, flips, hashlib.sha256(moved).hexdigest()[:16])
 
 
 @lru_cache(maxsize=64)
-def _settings(forgetting: Forgetting, flips: Flips) -> str:
-    return json.dumps([forgetting, flips])
+def _settings(forgetting: Forgetting, flips: Flips, *known: str) -> str:
+    return json.dumps([forgetting, flips, *known])
