@@ -70,11 +70,8 @@ class Explainer:
 
     def _made_of(self, model: RewardModel, sums: Sums) -> None:
         self.model, self.sums, self.axes, self.crowd = model, sums, sums.axes, _float(model.crowd_weights)
-        prior = model.prior
-        self._spread: Floats | None = None
-        if prior is not None:
-            away = _float(prior.mean) - self.crowd
-            self._spread = _float(prior.covariance) + np.outer(away, away)
+        spread = model.crowd_covariance
+        self._spread: Floats | None = None if spread is None else _float(spread)
 
     def save(self, folder: str | Path) -> None:
         """Write `explainer.safetensors` into the folder of the model, whole or not at all. It holds no text and no person."""
