@@ -18,7 +18,8 @@ from palate.data.planted import one_crowd
 from palate.data.splits import nested_shots
 from palate.errors import DataError
 from palate.living.population import Population
-from palate.models.attribute_prior import AttributePrior, Column, _Learning, columns_of, encoded, moments, narrowed, standard
+from palate.models.attribute_prior import AttributePrior, _Learning, narrowed
+from palate.models.columns import Column, columns_of, encoded, moments, standard
 from palate.models.hierarchical import Hierarchical
 from palate.priors import Prior
 

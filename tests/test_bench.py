@@ -37,8 +37,8 @@ from palate.data.synthetic import synthetic
 from palate.errors import DataError, ModelFileError, PalateError
 from palate.evaluation import Evaluation, compare
 from palate.evaluation.facts import Failure, Run
-from palate.models.attribute_prior import Table
 from palate.models.base import RewardModel
+from palate.models.columns import Table
 from palate.models.validation import halves
 
 CLOCK = ("fit_seconds", "adapt_seconds")

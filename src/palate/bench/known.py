@@ -21,8 +21,9 @@ import numpy as np
 from palate.data.attributes import TRAITS, wishes
 from palate.data.planted import Planted
 from palate.errors import DataError, ModelFileError
-from palate.models.attribute_prior import AttributePrior, Table
+from palate.models.attribute_prior import AttributePrior
 from palate.models.base import RewardModel
+from palate.models.columns import Table
 
 TRUE_REGION = 0.8  # of the people of a group, the share who live where it is at home
 

@@ -39,7 +39,7 @@ from palate.encoders import Encoder
 from palate.encoders.base import usual_unit
 from palate.errors import DataError
 from palate.evaluation.comparison import drawn, is_given
-from palate.models.attribute_prior import Table
+from palate.models.columns import Table
 
 ANSWERS = 40  # of an unseen attribute user: what the published experiments ask for at most
 

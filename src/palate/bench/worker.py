@@ -21,8 +21,9 @@ from palate.bench.protocols import Draw
 from palate.data.conditions import Condition
 from palate.errors import DataError, PalateError
 from palate.evaluation import Evaluation, compare
-from palate.models.attribute_prior import AttributePrior, Table
+from palate.models.attribute_prior import AttributePrior
 from palate.models.base import RewardModel
+from palate.models.columns import Table
 
 
 def found(cell: Cell, draw: Draw, people: Table | None = None) -> Evaluation:
