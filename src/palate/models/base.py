@@ -119,10 +119,11 @@ class RewardModel(nn.Module):
     @property
     def crowd_covariance(self) -> Tensor | None:
         """(K, K) the prior's second moment about the crowd's weights, from which its mean may be away; None without a prior."""
-        if self.prior is None:
+        prior = self.prior  # made anew at every look
+        if prior is None:
             return None
-        away = self.prior.mean - self.crowd_weights
-        return self.prior.covariance + torch.outer(away, away)
+        away = prior.mean - self.crowd_weights
+        return prior.covariance + torch.outer(away, away)
 
     def expected_covariance(self, users: Sequence[str]) -> Tensor | None:
         """(U, K, K) the same about `expected`, of users without choices."""
